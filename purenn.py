@@ -1,0 +1,2471 @@
+"""purenn: neural networks as pure functions over plain dicts of NumPy arrays.
+
+A layer is a pair of pure functions over params, a dict of arrays:
+
+    forward(params, x) -> (y, cache)        backward(params, cache, dy) -> (dx, grads)
+
+A network is a layer made of layers and has exactly the same two functions. An optimiser is a
+state transition, step(params, grads, state) -> (params, state). Nothing the caller can see is
+ever written to, the same arguments give the same bits, and the dtype of x is kept: float32 in,
+float32 out; float64 in, float64 out.
+
+    net = sequential(hidden=linear(256), act=relu(), out=linear(10))
+    params, shape = net.init(0, (784,))
+    optimizer = adam(1e-3)
+    state = optimizer.init(params)
+
+    loss, grads, cache = value_and_grad(net, softmax_cross_entropy)(params, images, labels)
+    params, state = optimizer.step(params, grads, state)
+
+Copy this file into your project; it needs NumPy (1.26 or newer) and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import math
+import operator
+import os
+import queue
+import threading
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+__version__ = "0.1.0"
+
+# fmt: off
+__all__ = [
+    # trees
+    "tree_map", "tree_flatten", "tree_unflatten", "tree_add", "count_parameters", "global_norm",
+    "clip_gradients",
+    # keys
+    "fold_key", "training",
+    # initialisers
+    "zeros", "constant", "normal", "uniform", "xavier_normal", "xavier_uniform", "he_normal",
+    "he_uniform", "orthogonal",
+    # layers
+    "Layer", "linear_init", "linear_forward", "linear_backward", "linear", "identity_init",
+    "identity_forward", "identity_backward", "identity", "flatten_init", "flatten_forward",
+    "flatten_backward", "flatten", "relu_forward", "relu_backward", "relu", "leaky_relu_forward",
+    "leaky_relu_backward", "leaky_relu", "elu_forward", "elu_backward", "elu", "sigmoid_forward",
+    "sigmoid_backward", "sigmoid", "tanh_forward", "tanh_backward", "tanh", "softplus_forward",
+    "softplus_backward", "softplus", "gelu_forward", "gelu_backward", "gelu", "silu_forward",
+    "silu_backward", "silu", "softmax_init", "softmax_forward", "softmax_backward", "softmax",
+    "log_softmax_forward", "log_softmax_backward", "log_softmax", "dropout_forward",
+    "dropout_backward", "dropout", "batch_norm_init", "batch_norm_forward", "batch_norm_backward",
+    "batch_norm", "update_statistics", "layer_norm_init", "layer_norm_forward",
+    "layer_norm_backward", "layer_norm", "sequential_init", "sequential_forward",
+    "sequential_backward", "sequential", "residual_init", "residual_forward", "residual_backward",
+    "residual",
+    # losses
+    "softmax_cross_entropy", "cross_entropy", "hinge", "binary_cross_entropy", "mean_squared_error",
+    "mean_absolute_error", "huber", "l2_penalty",
+    # optimisers
+    "Optimizer", "sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta",
+    # schedules
+    "step_decay", "multistep", "exponential", "cosine", "cyclic", "one_cycle", "warmup",
+    "reduce_on_plateau",
+    # gradient checking
+    "check_gradients",
+    # training helpers
+    "value_and_grad", "accuracy", "batches",
+    # data
+    "draw_digits",
+    # files and network
+    "save", "load", "read_idx", "read_dataset", "MNIST_MIRRORS", "download_mnist",
+]
+# fmt: on
+
+Array = np.ndarray
+Tree = dict[str, Any]  # nested dicts whose leaves are arrays
+Key = int | Sequence[int] | np.ndarray
+Shape = tuple[int, ...]
+
+
+# ------------------------------------------------------------------------------------------------
+# Checks of arguments, used by every section
+# ------------------------------------------------------------------------------------------------
+
+_KEY_ONLY = frozenset({"key"})
+
+
+def _kind(value: Any) -> str:
+    """What `value` is, in the words of an error message."""
+    if isinstance(value, np.ndarray):
+        return f"{type(value).__name__} of {value.dtype} and shape {value.shape}"
+    return type(value).__name__
+
+
+def _number(
+    where: str,
+    name: str,
+    value: Any,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> float:
+    """`value` as a float with minimum <= value <= maximum and above < value < below."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"{where}: {name} must be a number, got {_kind(value)}")
+    if not (minimum <= value <= maximum and above < value < below):
+        limits = [f">= {minimum:g}", f"<= {maximum:g}", f"> {above:g}", f"< {below:g}"]
+        known = [limit for limit in limits if "inf" not in limit]
+        expected = " and ".join(known) if known else "finite"
+        raise ValueError(f"{where}: {name} must be {expected}, got {value}")
+    return float(value)
+
+
+def _whole(where: str, name: str, value: Any, minimum: int) -> int:
+    """`value` as an int that is at least `minimum`."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{where}: {name} must be a whole number, got {_kind(value)}")
+    if value < minimum:
+        raise ValueError(f"{where}: {name} must be at least {minimum}, got {value}")
+    return int(value)
+
+
+def _check_array(where: str, name: str, x: Any) -> None:
+    """Refuse everything that is not an array of float32 or float64."""
+    if type(x) is np.ndarray and x.dtype.char in "fd":
+        return
+    if not isinstance(x, np.ndarray) or isinstance(x, (np.ma.MaskedArray, np.matrix)):
+        raise TypeError(f"{where}: {name} must be a NumPy array, got {_kind(x)}")
+    if x.dtype.char not in "fd":
+        raise TypeError(
+            f"{where}: {name} must be float32 or float64, got {x.dtype};"
+            f" convert it with {name}.astype(np.float32)"
+        )
+
+
+def _check_params(where: str, params: Any, names: Any = _KEY_ONLY) -> None:
+    """Refuse params that are no dict or have an entry that the layer does not know."""
+    if not isinstance(params, dict):
+        raise TypeError(f"{where}: params must be a dict, got {_kind(params)}")
+    if params and not params.keys() <= names:
+        unknown = sorted(map(str, params.keys() - names))
+        known = sorted(names - _KEY_ONLY)
+        raise ValueError(f"{where}: params have unknown entries {unknown}, expected {known}")
+
+
+def _entry(where: str, tree: Any, name: str, dtype: np.dtype) -> Array:
+    """The array `tree[name]` (of params or of a cache) in `dtype`."""
+    try:
+        array = tree[name]
+    except (KeyError, TypeError, IndexError):
+        raise ValueError(f"{where}: there is no entry {name!r} in {_names(tree)}") from None
+    _check_array(where, name, array)
+    return array if array.dtype == dtype else array.astype(dtype)
+
+
+def _names(tree: Any) -> str:
+    return str(sorted(map(str, tree))) if isinstance(tree, dict) else _kind(tree)
+
+
+def _check_gradient(where: str, dy: Any, shape: Shape, dtype: np.dtype) -> Array:
+    """dy in `dtype`; refused unless it has the shape of y."""
+    if type(dy) is not np.ndarray or dy.dtype != dtype:
+        _check_array(where, "dy", dy)
+        dy = dy.astype(dtype)
+    if dy.shape != shape:
+        raise ValueError(f"{where}: dy has shape {dy.shape}, but y has {shape}")
+    return dy
+
+
+def _check_shape(where: str, shape: Any, lengths: tuple[int, ...] | None = None) -> Shape:
+    """`shape` (without the batch axis) as a tuple of ints, with one of the allowed lengths."""
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(
+            f"{where}: shape must be a tuple without the batch axis, got {_kind(shape)}"
+        )
+    shape = tuple(_whole(where, "every size in shape", size, 1) for size in shape)
+    if lengths is not None and len(shape) not in lengths:
+        expected = " or ".join(map(str, lengths))
+        raise ValueError(f"{where}: shape {shape} has {len(shape)} axes, expected {expected}")
+    return shape
+
+
+# ------------------------------------------------------------------------------------------------
+# Trees: nested dicts with arrays as leaves
+# ------------------------------------------------------------------------------------------------
+
+
+def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
+    """f applied leaf by leaf: a tree of f(leaf of the first tree, leaf of the second, ...).
+
+    All trees have the same names, else ValueError. Everything that is not a dict is a leaf.
+    """
+    if not trees:
+        raise TypeError("tree_map: expected at least one tree")
+    if not any(isinstance(tree, dict) for tree in trees):
+        return f(*trees)
+    for tree in trees:
+        if not isinstance(tree, dict) or tree.keys() != trees[0].keys():
+            raise ValueError(
+                f"tree_map: trees differ, one has {_names(trees[0])} where another has {_names(tree)}"
+            )
+    return {name: tree_map(f, *(tree[name] for tree in trees)) for name in trees[0]}
+
+
+def tree_flatten(tree: Tree) -> dict[str, Any]:
+    """{"hidden/W": leaf, ...}: one flat dict, the names on the way joined by "/".
+
+    Branches without leaves vanish. ValueError for an empty name or one with a "/" in it.
+    """
+    if not isinstance(tree, dict):
+        raise TypeError(f"tree_flatten: tree must be a dict, got {_kind(tree)}")
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if not isinstance(name, str):
+            raise TypeError(f"tree_flatten: names must be strings, got {name!r}")
+        if not name or "/" in name:
+            raise ValueError(f"tree_flatten: a name must not be empty or contain '/', got {name!r}")
+        if isinstance(value, dict):
+            flat.update({f"{name}/{rest}": leaf for rest, leaf in tree_flatten(value).items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def tree_unflatten(flat: dict[str, Any]) -> Tree:
+    """The inverse of `tree_flatten`. ValueError where one name is both a leaf and a branch."""
+    if not isinstance(flat, dict):
+        raise TypeError(f"tree_unflatten: flat must be a dict, got {_kind(flat)}")
+    tree: Tree = {}
+    for path, leaf in flat.items():
+        if not isinstance(path, str):
+            raise TypeError(f"tree_unflatten: names must be strings, got {path!r}")
+        *branches, name = path.split("/")
+        node = tree
+        for branch in branches:
+            node = node.setdefault(branch, {})
+            if not isinstance(node, dict):
+                break
+        if not all([*branches, name]) or not isinstance(node, dict) or name in node:
+            raise ValueError(f"tree_unflatten: name {path!r} is malformed or clashes with another")
+        node[name] = leaf
+    return tree
+
+
+def tree_add(*trees: Tree) -> Tree:
+    """The sum of trees, entry by entry; a tree that lacks an entry counts as zero there.
+
+    So `tree_add(grads, l2_penalty(params, 1e-4)[1])` adds weight decay to the matrices alone.
+    ValueError where shapes differ.
+    """
+    total: Tree = {}
+    for tree in trees:
+        if not isinstance(tree, dict):
+            raise TypeError(f"tree_add: every tree must be a dict, got {_kind(tree)}")
+        for name, value in tree.items():
+            if name not in total:
+                total[name] = value
+            elif isinstance(value, dict) and isinstance(total[name], dict):
+                total[name] = tree_add(total[name], value)
+            elif np.shape(value) != np.shape(total[name]) or isinstance(value, dict):
+                raise ValueError(f"tree_add: {name!r} is {_kind(total[name])} and {_kind(value)}")
+            else:
+                total[name] = total[name] + value
+    return total
+
+
+def count_parameters(tree: Tree) -> int:
+    """How many numbers a tree holds, its keys apart.
+
+    Of `params` that includes running statistics; of `grads` it is the trained ones alone.
+    """
+    flat = tree_flatten(tree)
+    return sum(np.size(leaf) for path, leaf in flat.items() if path.split("/")[-1] != "key")
+
+
+def global_norm(tree: Tree) -> float:
+    """sqrt(Σ g²) over all entries of a tree, summed in float64."""
+    leaves = [np.asarray(leaf, np.float64).ravel() for leaf in tree_flatten(tree).values()]
+    return math.sqrt(sum(float(leaf @ leaf) for leaf in leaves))
+
+
+def clip_gradients(grads: Tree, max_norm: float) -> Tree:
+    """grads · min(1, max_norm / global_norm(grads)) (Pascanu et al. 2013)."""
+    max_norm = _number("clip_gradients", "max_norm", max_norm, above=0, below=math.inf)
+    norm = global_norm(grads)
+    if norm <= max_norm:
+        return grads
+    return tree_map(partial(operator.mul, max_norm / norm), grads)
+
+
+# ------------------------------------------------------------------------------------------------
+# Keys: randomness as data
+# ------------------------------------------------------------------------------------------------
+
+_KEY_MARK = 0x6B657973  # the first word of every key array: "keys" in ASCII
+
+
+def _key_array(key: Any) -> Array:
+    """A key as an array of uint32: the mark, how many numbers, and each as (digits, its digits).
+
+    The encoding tells 1, (1, 0) and (0, 1) apart. An array that starts with the mark is a key
+    already.
+    """
+    if isinstance(key, np.ndarray) and key.ndim == 1:
+        if key.dtype == np.uint32 and len(key) and key[0] == _KEY_MARK:
+            return key
+        key = key.tolist()
+    numbers = key if isinstance(key, (tuple, list)) else (key,)
+    if not numbers:
+        raise ValueError("key: expected an int or a sequence of ints, got an empty one")
+    words = [_KEY_MARK, len(numbers)]
+    for number in numbers:
+        number = _whole("key", "every number", number, 0)
+        digits = [
+            number >> shift & 0xFFFFFFFF for shift in range(0, max(number.bit_length(), 1), 32)
+        ]
+        words += [len(digits), *digits]
+    return np.array(words, np.uint32)
+
+
+def fold_key(key: Key, index: int) -> Array:
+    """The key of child number `index`: another index or another parent, other random numbers.
+
+    `key` is an int, a sequence of non-negative ints, or a key array that this function made.
+    TypeError for other kinds, ValueError for a negative number or an empty sequence.
+    """
+    index = _whole("fold_key", "index", index, 0)
+    return np.append(_key_array(key), np.uint32(index))
+
+
+def training(params: Tree, key: Key) -> Tree:
+    """params plus the entry "key": a network that is given these computes in training mode.
+
+    `sequential` and `residual` hand each child a key of its own; `dropout` draws its mask from
+    it, and `batch_norm` takes the statistics of the batch. Params without a key mean inference.
+    """
+    if not isinstance(params, dict):
+        raise TypeError(f"training: params must be a dict, got {_kind(params)}")
+    return {**params, "key": _key_array(key)}
+
+
+def _generator(key: Key) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(_key_array(key))))
+
+
+# ------------------------------------------------------------------------------------------------
+# Initialisers: (key, shape) -> array of float32
+# ------------------------------------------------------------------------------------------------
+
+Initializer = Callable[[Any, Shape], Array]
+
+
+def zeros(key: Key, shape: Shape) -> Array:
+    """0 everywhere."""
+    return np.zeros(shape, np.float32)
+
+
+def _constant(key: Key, shape: Shape, *, value: float) -> Array:
+    return np.full(shape, value, np.float32)
+
+
+def constant(value: float) -> Initializer:
+    """`value` everywhere."""
+    return partial(_constant, value=_number("constant", "value", value))
+
+
+def _normal(key: Key, shape: Shape, *, std: float) -> Array:
+    return _generator(key).standard_normal(shape, np.float32) * np.float32(std)
+
+
+def normal(std: float) -> Initializer:
+    """N(0, std²)."""
+    return partial(_normal, std=_number("normal", "std", std, minimum=0, below=math.inf))
+
+
+def _uniform(key: Key, shape: Shape, *, limit: float) -> Array:
+    return (_generator(key).random(shape, np.float32) * 2 - 1) * np.float32(limit)
+
+
+def uniform(limit: float) -> Initializer:
+    """U(-limit, limit)."""
+    return partial(_uniform, limit=_number("uniform", "limit", limit, minimum=0, below=math.inf))
+
+
+def _fans(where: str, shape: Shape) -> tuple[int, int]:
+    """(fan in, fan out) of a dense weight (in, out) or of a kernel (out, in, kh, kw)."""
+    if len(shape) < 2:
+        raise ValueError(f"{where}: shape {shape} has no fans, expected (in, out) or a kernel's")
+    if len(shape) == 2:
+        return shape[0], shape[1]
+    window = math.prod(shape[2:])
+    return shape[1] * window, shape[0] * window
+
+
+def xavier_normal(key: Key, shape: Shape) -> Array:
+    """N(0, 2 / (fan in + fan out)) (Glorot and Bengio 2010)."""
+    return _normal(key, shape, std=math.sqrt(2 / sum(_fans("xavier_normal", shape))))
+
+
+def xavier_uniform(key: Key, shape: Shape) -> Array:
+    """U(-limit, limit) with limit² = 6 / (fan in + fan out) (Glorot and Bengio 2010)."""
+    return _uniform(key, shape, limit=math.sqrt(6 / sum(_fans("xavier_uniform", shape))))
+
+
+def he_normal(key: Key, shape: Shape) -> Array:
+    """N(0, 2 / fan in) (He et al. 2015)."""
+    return _normal(key, shape, std=math.sqrt(2 / _fans("he_normal", shape)[0]))
+
+
+def he_uniform(key: Key, shape: Shape) -> Array:
+    """U(-limit, limit) with limit² = 6 / fan in (He et al. 2015)."""
+    return _uniform(key, shape, limit=math.sqrt(6 / _fans("he_uniform", shape)[0]))
+
+
+def orthogonal(key: Key, shape: Shape) -> Array:
+    """A random matrix Q with QᵀQ = I, or QQᵀ = I where it is wider than high (Saxe et al. 2014).
+
+    A kernel (out, in, kh, kw) counts as the matrix (out, in·kh·kw).
+    """
+    fan_in, fan_out = _fans("orthogonal", shape)
+    rows, columns = (fan_in, fan_out) if len(shape) == 2 else (shape[0], fan_in)
+    normals = _generator(key).standard_normal((max(rows, columns), min(rows, columns)))
+    q, r = np.linalg.qr(normals)
+    q *= np.where(np.diag(r) < 0, -1, 1)  # without this Q is not uniformly distributed
+    return (q if rows >= columns else q.T).astype(np.float32).reshape(shape)
+
+
+# ------------------------------------------------------------------------------------------------
+# Layers
+# ------------------------------------------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """A layer: three pure functions with its options bound by functools.partial.
+
+    Any object with these functions is as good. A `backward` may take the keyword
+    `need_dx=True`; told `need_dx=False`, it may return None for dx: the first layer of a network
+    saves a third of its work when nobody wants the gradient of the data.
+    """
+
+    init: Callable[..., Any]  # (key, shape) -> (params, output shape), without the batch axis
+    forward: Callable[..., Any]  # (params, x) -> (y, cache)
+    backward: Callable[..., Any]  # (params, cache, dy) -> (dx, grads)
+
+
+# --- dense ---
+
+_LINEAR = frozenset({"W", "b", "key"})
+
+
+def linear_init(
+    key: Key, shape: Shape, *, out: int, init: Initializer, bias: bool
+) -> tuple[Tree, Shape]:
+    """W (in, out) from `init`, b (out,) of zeros; shape (..., in) becomes (..., out)."""
+    shape = _check_shape("linear", shape)
+    if not shape:
+        raise ValueError("linear: shape () has no axis of features; put flatten() before it")
+    params = {"W": init(fold_key(key, 0), (shape[-1], out))}
+    if bias:
+        params["b"] = np.zeros(out, np.float32)
+    return params, (*shape[:-1], out)
+
+
+def linear_forward(params: Tree, x: Array) -> tuple[Array, Array]:
+    """y = x W + b, for x (N, ..., in) and y (N, ..., out)."""
+    _check_array("linear", "x", x)
+    _check_params("linear", params, _LINEAR)
+    W = _entry("linear", params, "W", x.dtype)
+    if W.ndim != 2:
+        raise ValueError(f"linear: W must be (in, out), got shape {W.shape}")
+    if x.ndim < 2:
+        raise ValueError(f"linear: x must be (N, ..., in), got shape {x.shape}")
+    if x.shape[-1] != W.shape[0]:
+        raise ValueError(f"linear: x has {x.shape[-1]} features, but W takes {W.shape[0]}")
+    y = x @ W
+    if "b" in params:
+        b = _entry("linear", params, "b", x.dtype)
+        if b.shape != W.shape[1:]:
+            raise ValueError(f"linear: b must have shape {W.shape[1:]}, got {b.shape}")
+        y += b
+    return y, x
+
+
+def linear_backward(
+    params: Tree, cache: Array, dy: Array, *, need_dx: bool = True
+) -> tuple[Array | None, Tree]:
+    """dx = dy Wᵀ, dW = xᵀ dy, db = Σ dy over all axes but the last."""
+    x = cache
+    _check_array("linear", "cache", x)
+    W = _entry("linear", params, "W", x.dtype)
+    dy = _check_gradient("linear", dy, (*x.shape[:-1], W.shape[-1]), x.dtype)
+    rows = dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])
+    grads = {"W": (x if x.ndim == 2 else x.reshape(-1, x.shape[-1])).T @ rows}
+    if "b" in params:
+        grads["b"] = rows.sum(axis=0)
+    return (dy @ W.T if need_dx else None), grads
+
+
+def linear(out: int, init: Initializer = he_normal, bias: bool = True) -> Layer:
+    """Fully connected layer with `out` units: y = x W + b. Any number of leading axes."""
+    out = _whole("linear", "out", out, 1)
+    return Layer(
+        partial(linear_init, out=out, init=init, bias=bias), linear_forward, linear_backward
+    )
+
+
+# --- shape ---
+
+
+def identity_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
+    """No params, and the shape stays: also the `init` of every activation."""
+    return {}, _check_shape("identity", shape)
+
+
+def identity_forward(params: Tree, x: Array) -> tuple[Array, Array]:
+    """y = x."""
+    _check_array("identity", "x", x)
+    _check_params("identity", params)
+    return x, x
+
+
+def identity_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+    """dx = dy."""
+    _check_array("identity", "cache", cache)
+    return _check_gradient("identity", dy, cache.shape, cache.dtype), {}
+
+
+def identity() -> Layer:
+    """y = x, any shape."""
+    return Layer(identity_init, identity_forward, identity_backward)
+
+
+def flatten_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
+    """No params; shape (a, b, ...) becomes (a·b·...,)."""
+    return {}, (math.prod(_check_shape("flatten", shape)),)
+
+
+def flatten_forward(params: Tree, x: Array) -> tuple[Array, Array]:
+    """y (N, a·b·...) holds the entries of x (N, a, b, ...) in C order."""
+    _check_array("flatten", "x", x)
+    _check_params("flatten", params)
+    if x.ndim == 0:
+        raise ValueError("flatten: x must be (N, ...), got shape ()")
+    return x.reshape(x.shape[0], math.prod(x.shape[1:])), x
+
+
+def flatten_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+    """dx is dy in the shape of x."""
+    x = cache
+    _check_array("flatten", "cache", x)
+    dy = _check_gradient("flatten", dy, (x.shape[0], math.prod(x.shape[1:])), x.dtype)
+    return dy.reshape(x.shape), {}
+
+
+def flatten() -> Layer:
+    """(N, a, b, ...) -> (N, a·b·...), as PyTorch's Flatten."""
+    return Layer(flatten_init, flatten_forward, flatten_backward)
+
+
+# --- activations: element by element, any shape ---
+
+
+def relu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
+    """y = max(x, 0)."""
+    _check_array("relu", "x", x)
+    _check_params("relu", params)
+    y = np.maximum(x, 0)
+    return y, y
+
+
+def relu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+    """dx = dy where y > 0, else 0."""
+    y = cache
+    _check_array("relu", "cache", y)
+    return _check_gradient("relu", dy, y.shape, y.dtype) * (y > 0), {}
+
+
+def relu() -> Layer:
+    """max(x, 0); its gradient at 0 is 0."""
+    return Layer(identity_init, relu_forward, relu_backward)
+
+
+def leaky_relu_forward(params: Tree, x: Array, *, slope: float) -> tuple[Array, Array]:
+    """y = x where x > 0, else slope · x."""
+    _check_array("leaky_relu", "x", x)
+    _check_params("leaky_relu", params)
+    return np.where(x > 0, x, slope * x), x
+
+
+def leaky_relu_backward(
+    params: Tree, cache: Array, dy: Array, *, slope: float
+) -> tuple[Array, Tree]:
+    """dx = dy where x > 0, else slope · dy."""
+    x = cache
+    _check_array("leaky_relu", "cache", x)
+    dy = _check_gradient("leaky_relu", dy, x.shape, x.dtype)
+    return np.where(x > 0, dy, slope * dy), {}
+
+
+def leaky_relu(slope: float = 0.01) -> Layer:
+    """x where x > 0, else slope · x (Maas et al. 2013)."""
+    slope = _number("leaky_relu", "slope", slope, above=-math.inf, below=math.inf)
+    forward = partial(leaky_relu_forward, slope=slope)
+    return Layer(identity_init, forward, partial(leaky_relu_backward, slope=slope))
+
+
+def elu_forward(params: Tree, x: Array, *, alpha: float) -> tuple[Array, Array]:
+    """y = x where x > 0, else alpha · (exp(x) - 1)."""
+    _check_array("elu", "x", x)
+    _check_params("elu", params)
+    y = np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0)))
+    return y, y
+
+
+def elu_backward(params: Tree, cache: Array, dy: Array, *, alpha: float) -> tuple[Array, Tree]:
+    """dx = dy where y > 0, else dy · alpha · exp(x) = dy · (y + alpha)."""
+    y = cache
+    _check_array("elu", "cache", y)
+    dy = _check_gradient("elu", dy, y.shape, y.dtype)
+    return np.where(y > 0, dy, dy * (y + alpha)), {}
+
+
+def elu(alpha: float = 1.0) -> Layer:
+    """x where x > 0, else alpha · (exp(x) - 1) (Clevert et al. 2016)."""
+    alpha = _number("elu", "alpha", alpha, above=0, below=math.inf)
+    forward = partial(elu_forward, alpha=alpha)
+    return Layer(identity_init, forward, partial(elu_backward, alpha=alpha))
+
+
+def _sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), written so that no exponent is positive and nothing overflows."""
+    return np.exp(np.minimum(x, 0)) / (1 + np.exp(-np.abs(x)))
+
+
+def sigmoid_forward(params: Tree, x: Array) -> tuple[Array, Array]:
+    """y = 1 / (1 + exp(-x))."""
+    _check_array("sigmoid", "x", x)
+    _check_params("sigmoid", params)
+    y = _sigmoid(x)
+    return y, y
+
+
+def sigmoid_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+    """dx = dy · y · (1 - y)."""
+    y = cache
+    _check_array("sigmoid", "cache", y)
+    return _check_gradient("sigmoid", dy, y.shape, y.dtype) * (y * (1 - y)), {}
+
+
+def sigmoid() -> Layer:
+    """1 / (1 + exp(-x))."""
+    return Layer(identity_init, sigmoid_forward, sigmoid_backward)
+
+
+def tanh_forward(params: Tree, x: Array) -> tuple[Array, Array]:
+    """y = tanh(x)."""
+    _check_array("tanh", "x", x)
+    _check_params("tanh", params)
+    y = np.tanh(x)
+    return y, y
+
+
+def tanh_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+    """dx = dy · (1 - y²)."""
+    y = cache
+    _check_array("tanh", "cache", y)
+    return _check_gradient("tanh", dy, y.shape, y.dtype) * (1 - y * y), {}
+
+
+def tanh() -> Layer:
+    """tanh(x)."""
+    return Layer(identity_init, tanh_forward, tanh_backward)
+
+
+def softplus_forward(params: Tree, x: Array) -> tuple[Array, Array]:
+    """y = log(1 + exp(x))."""
+    _check_array("softplus", "x", x)
+    _check_params("softplus", params)
+    return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))), x
+
+
+def softplus_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+    """dx = dy · sigmoid(x)."""
+    x = cache
+    _check_array("softplus", "cache", x)
+    return _check_gradient("softplus", dy, x.shape, x.dtype) * _sigmoid(x), {}
+
+
+def softplus() -> Layer:
+    """log(1 + exp(x)), a smooth relu."""
+    return Layer(identity_init, softplus_forward, softplus_backward)
+
+
+_GELU = math.sqrt(2 / math.pi)
+
+
+def _gelu_tanh(x: Array) -> tuple[Array, Array]:
+    """x clipped, and tanh(sqrt(2/π) · (x + 0.044715 x³)) of it.
+
+    The tanh is exactly ±1 beyond |x| = 10, so clipping there keeps x³ from overflowing.
+    """
+    clipped = np.clip(x, -10, 10)
+    return clipped, np.tanh(_GELU * clipped * (1 + 0.044715 * clipped * clipped))
+
+
+def gelu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
+    """y = x/2 · (1 + tanh(sqrt(2/π) · (x + 0.044715 x³)))."""
+    _check_array("gelu", "x", x)
+    _check_params("gelu", params)
+    return 0.5 * x * (1 + _gelu_tanh(x)[1]), x
+
+
+def gelu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+    """dx = dy · ((1 + t)/2 + x/2 · (1 - t²) · sqrt(2/π) · (1 + 3 · 0.044715 x²)), t the tanh."""
+    x = cache
+    _check_array("gelu", "cache", x)
+    dy = _check_gradient("gelu", dy, x.shape, x.dtype)
+    clipped, t = _gelu_tanh(x)
+    inner = _GELU * (1 + 3 * 0.044715 * clipped * clipped)
+    return dy * (0.5 * (1 + t) + 0.5 * clipped * (1 - t * t) * inner), {}
+
+
+def gelu() -> Layer:
+    """x · Φ(x) in its tanh form (Hendrycks and Gimpel 2016); NumPy has no erf."""
+    return Layer(identity_init, gelu_forward, gelu_backward)
+
+
+def silu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
+    """y = x · sigmoid(x)."""
+    _check_array("silu", "x", x)
+    _check_params("silu", params)
+    return x * _sigmoid(x), x
+
+
+def silu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+    """dx = dy · s · (1 + x · (1 - s)), s = sigmoid(x)."""
+    x = cache
+    _check_array("silu", "cache", x)
+    dy = _check_gradient("silu", dy, x.shape, x.dtype)
+    s = _sigmoid(x)
+    return dy * (s * (1 + x * _sigmoid(-x))), {}
+
+
+def silu() -> Layer:
+    """x · sigmoid(x), also called swish (Hendrycks and Gimpel 2016)."""
+    return Layer(identity_init, silu_forward, silu_backward)
+
+
+def softmax_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
+    """No params, and the shape stays; it needs an axis of classes. Also for log_softmax."""
+    shape = _check_shape("softmax", shape)
+    if not shape:
+        raise ValueError("softmax: shape () has no axis of classes")
+    return {}, shape
+
+
+def _check_classes(where: str, x: Any) -> None:
+    _check_array(where, "x", x)
+    if x.ndim < 2 or x.shape[-1] == 0:
+        raise ValueError(f"{where}: x must be (N, ..., classes), got shape {x.shape}")
+
+
+def softmax_forward(params: Tree, x: Array) -> tuple[Array, Array]:
+    """y = exp(x) / Σ exp(x) over the last axis."""
+    _check_classes("softmax", x)
+    _check_params("softmax", params)
+    y = np.exp(x - x.max(axis=-1, keepdims=True))
+    y /= y.sum(axis=-1, keepdims=True)
+    return y, y
+
+
+def softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+    """dx = y · (dy - Σ dy · y)."""
+    y = cache
+    _check_array("softmax", "cache", y)
+    dy = _check_gradient("softmax", dy, y.shape, y.dtype)
+    return y * (dy - (dy * y).sum(axis=-1, keepdims=True)), {}
+
+
+def softmax() -> Layer:
+    """exp(x) / Σ exp(x) over the last axis. Before `softmax_cross_entropy` leave it out."""
+    return Layer(softmax_init, softmax_forward, softmax_backward)
+
+
+def log_softmax_forward(params: Tree, x: Array) -> tuple[Array, Array]:
+    """y = x - log Σ exp(x) over the last axis."""
+    _check_classes("log_softmax", x)
+    _check_params("log_softmax", params)
+    y = x - x.max(axis=-1, keepdims=True)
+    y -= np.log(np.exp(y).sum(axis=-1, keepdims=True))
+    return y, y
+
+
+def log_softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+    """dx = dy - exp(y) · Σ dy."""
+    y = cache
+    _check_array("log_softmax", "cache", y)
+    dy = _check_gradient("log_softmax", dy, y.shape, y.dtype)
+    return dy - np.exp(y) * dy.sum(axis=-1, keepdims=True), {}
+
+
+def log_softmax() -> Layer:
+    """x - log Σ exp(x) over the last axis."""
+    return Layer(softmax_init, log_softmax_forward, log_softmax_backward)
+
+
+# --- regularisers ---
+
+
+def dropout_forward(params: Tree, x: Array, *, rate: float) -> tuple[Array, Tree]:
+    """y = x · mask / (1 - rate), P(mask = 0) = rate, drawn from params["key"]; y = x without key."""
+    _check_array("dropout", "x", x)
+    _check_params("dropout", params)
+    if "key" not in params:
+        return x, {}
+    mask = _generator(params["key"]).random(x.shape, np.float32) >= rate
+    y = x * mask
+    y *= 1 / (1 - rate)
+    return y, {"mask": mask}
+
+
+def dropout_backward(params: Tree, cache: Tree, dy: Array, *, rate: float) -> tuple[Array, Tree]:
+    """dx = dy · mask / (1 - rate); dx = dy at inference."""
+    _check_array("dropout", "dy", dy)
+    if not isinstance(cache, dict):
+        raise TypeError(f"dropout: cache must be a dict, got {_kind(cache)}")
+    if "mask" not in cache:
+        return dy, {}
+    dx = _check_gradient("dropout", dy, cache["mask"].shape, dy.dtype) * cache["mask"]
+    dx *= 1 / (1 - rate)
+    return dx, {}
+
+
+def dropout(rate: float) -> Layer:
+    """Drops each entry with probability `rate` while training and scales up what stays.
+
+    At inference it is the identity ("inverted" dropout; Srivastava et al. 2014).
+    """
+    rate = _number("dropout", "rate", rate, minimum=0, below=1)
+    forward = partial(dropout_forward, rate=rate)
+    return Layer(identity_init, forward, partial(dropout_backward, rate=rate))
+
+
+# --- normalisation ---
+
+_BATCH_NORM = frozenset({"gamma", "beta", "mean", "var", "key"})
+
+
+def batch_norm_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
+    """gamma 1, beta 0, mean 0 and var 1, each (C,), for shape (C,) or (C, H, W)."""
+    shape = _check_shape("batch_norm", shape, (1, 3))
+    one, zero = np.ones(shape[0], np.float32), np.zeros(shape[0], np.float32)
+    return {"gamma": one, "beta": zero, "mean": zero.copy(), "var": one.copy()}, shape
+
+
+def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tree]:
+    """y = gamma · (x - mean) / sqrt(var + eps) + beta, for x (N, C) or (N, C, H, W).
+
+    With params["key"], mean and var (biased) are those of the batch over all axes but C; without
+    one they are params["mean"] and params["var"]. The cache holds under "statistics" what
+    `update_statistics` moves params["mean"] and params["var"] to.
+    """
+    _check_array("batch_norm", "x", x)
+    _check_params("batch_norm", params, _BATCH_NORM)
+    if x.ndim not in (2, 4):
+        raise ValueError(f"batch_norm: x must be (N, C) or (N, C, H, W), got shape {x.shape}")
+    channels = (-1,) + (1,) * (x.ndim - 2)  # the shape in which (C,) broadcasts against x
+    entries = {}
+    for name in ("gamma", "beta", "mean", "var"):
+        entries[name] = entry = _entry("batch_norm", params, name, x.dtype)
+        if entry.shape != x.shape[1:2]:
+            raise ValueError(
+                f"batch_norm: x has {x.shape[1]} channels, but {name} is {entry.shape}"
+            )
+    gamma, beta, mean, var = entries.values()
+    if "key" in params:
+        axes = (0, 2, 3)[: x.ndim - 1]
+        count = x.size // max(x.shape[1], 1)
+        if count < 2:
+            raise ValueError(f"batch_norm: training needs 2 values per channel, got {count}")
+        mean = x.mean(axis=axes)
+        centered = x - mean.reshape(channels)
+        var = np.square(centered).mean(axis=axes)
+        statistics = {"mean": mean, "var": var * (count / (count - 1))}
+        cache = {"statistics": statistics, "count": np.array(count)}
+    else:
+        centered = x - mean.reshape(channels)
+        cache = {"statistics": {"mean": mean, "var": var}}
+    inverse_std = 1 / np.sqrt(var + eps)
+    y = centered * (gamma * inverse_std).reshape(channels)
+    y += beta.reshape(channels)
+    return y, {**cache, "centered": centered, "inverse_std": inverse_std}
+
+
+def batch_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]:
+    """dbeta = Σ dy, dgamma = Σ dy · x̂, dx = gamma/σ · (dy - mean(dy) - x̂ · mean(dy · x̂)).
+
+    x̂ is the normalised x; sums and means are over all axes but C. At inference mean and var are
+    constants, and dx = gamma/σ · dy.
+    """
+    if not isinstance(cache, dict) or not isinstance(cache.get("centered"), np.ndarray):
+        raise ValueError(f"batch_norm: the cache is not its own, it holds {_names(cache)}")
+    centered = cache["centered"]
+    inverse_std = _entry("batch_norm", cache, "inverse_std", centered.dtype)
+    gamma = _entry("batch_norm", params, "gamma", centered.dtype)
+    dy = _check_gradient("batch_norm", dy, centered.shape, centered.dtype)
+    axes = (0, 2, 3)[: dy.ndim - 1]
+    channels = (-1,) + (1,) * (dy.ndim - 2)
+    dbeta = dy.sum(axis=axes)
+    dgamma = (dy * centered).sum(axis=axes) * inverse_std
+    dx = dy
+    if "count" in cache:
+        count = int(cache["count"])
+        dx = dy - (dbeta / count).reshape(channels)
+        dx -= centered * (inverse_std * dgamma / count).reshape(channels)
+    return dx * (gamma * inverse_std).reshape(channels), {"gamma": dgamma, "beta": dbeta}
+
+
+def batch_norm(eps: float = 1e-5) -> Layer:
+    """Normalises each channel over the batch (Ioffe and Szegedy 2015), as PyTorch does.
+
+    Its running statistics params["mean"] and params["var"] are moved by `update_statistics`.
+    """
+    eps = _number("batch_norm", "eps", eps, above=0, below=math.inf)
+    return Layer(batch_norm_init, partial(batch_norm_forward, eps=eps), batch_norm_backward)
+
+
+def update_statistics(params: Tree, cache: Tree, momentum: float = 0.1) -> Tree:
+    """params with running statistics moved: s <- s + momentum · (s of the batch - s).
+
+    `cache` is that of the forward pass in training mode. Any layer may take part: what its cache
+    holds under "statistics" are the batch's values for the params of the same names, which are
+    not trained. The variance is the unbiased one, as PyTorch keeps it. ValueError for a momentum
+    outside [0, 1].
+    """
+    momentum = _number("update_statistics", "momentum", momentum, minimum=0, maximum=1)
+    return _moved(params, cache, momentum)
+
+
+def _moved(params: Tree, cache: Any, momentum: float) -> Tree:
+    if not isinstance(params, dict) or not isinstance(cache, dict):
+        return params
+    moved = {name: _moved(value, cache.get(name), momentum) for name, value in params.items()}
+    for name, batch in _statistics(params, cache).items():
+        running = params[name]
+        if np.shape(batch) != running.shape:
+            raise ValueError(f"update_statistics: {name} is {_kind(running)}, got {_kind(batch)}")
+        moved[name] = (running + momentum * (batch - running)).astype(running.dtype)
+    return moved
+
+
+def _statistics(params: Any, cache: Any) -> Tree:
+    """The entries of params that are running statistics, with their values in this batch."""
+    found = cache.get("statistics") if isinstance(cache, dict) else None
+    if not isinstance(found, dict) or not isinstance(params, dict):
+        return {}
+    return {name: value for name, value in found.items() if isinstance(params.get(name), Array)}
+
+
+_LAYER_NORM = frozenset({"gamma", "beta", "key"})
+
+
+def layer_norm_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
+    """gamma 1 and beta 0, each (C,), for shape (..., C)."""
+    shape = _check_shape("layer_norm", shape)
+    if not shape:
+        raise ValueError("layer_norm: shape () has no axis of features")
+    return {"gamma": np.ones(shape[-1], np.float32), "beta": np.zeros(shape[-1], np.float32)}, shape
+
+
+def layer_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tree]:
+    """y = gamma · (x - mean) / sqrt(var + eps) + beta, mean and var (biased) over the last axis."""
+    _check_array("layer_norm", "x", x)
+    _check_params("layer_norm", params, _LAYER_NORM)
+    if x.ndim < 2 or x.shape[-1] == 0:
+        raise ValueError(f"layer_norm: x must be (N, ..., C), got shape {x.shape}")
+    gamma = _entry("layer_norm", params, "gamma", x.dtype)
+    beta = _entry("layer_norm", params, "beta", x.dtype)
+    if gamma.shape != x.shape[-1:] or beta.shape != x.shape[-1:]:
+        raise ValueError(f"layer_norm: x has {x.shape[-1]} features, but gamma is {gamma.shape}")
+    normalized = x - x.mean(axis=-1, keepdims=True)
+    inverse_std = 1 / np.sqrt(np.square(normalized).mean(axis=-1, keepdims=True) + eps)
+    normalized *= inverse_std
+    return normalized * gamma + beta, {"normalized": normalized, "inverse_std": inverse_std}
+
+
+def layer_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]:
+    """dbeta = Σ dy, dgamma = Σ dy · x̂, dx = (g - mean(g) - x̂ · mean(g · x̂)) / σ, g = dy · gamma.
+
+    x̂ is the normalised x; the sums are over all axes but the last, the means over the last.
+    """
+    if not isinstance(cache, dict) or not isinstance(cache.get("normalized"), np.ndarray):
+        raise ValueError(f"layer_norm: the cache is not its own, it holds {_names(cache)}")
+    normalized = cache["normalized"]
+    inverse_std = _entry("layer_norm", cache, "inverse_std", normalized.dtype)
+    gamma = _entry("layer_norm", params, "gamma", normalized.dtype)
+    dy = _check_gradient("layer_norm", dy, normalized.shape, normalized.dtype)
+    axes = tuple(range(dy.ndim - 1))
+    grads = {"gamma": (dy * normalized).sum(axis=axes), "beta": dy.sum(axis=axes)}
+    g = dy * gamma
+    dx = g - g.mean(axis=-1, keepdims=True)
+    dx -= normalized * (g * normalized).mean(axis=-1, keepdims=True)
+    dx *= inverse_std
+    return dx, grads
+
+
+def layer_norm(eps: float = 1e-5) -> Layer:
+    """Normalises each sample over its last axis (Ba et al. 2016), as PyTorch does."""
+    eps = _number("layer_norm", "eps", eps, above=0, below=math.inf)
+    return Layer(layer_norm_init, partial(layer_norm_forward, eps=eps), layer_norm_backward)
+
+
+# ------------------------------------------------------------------------------------------------
+# Combinators: layers made of layers
+# ------------------------------------------------------------------------------------------------
+
+
+def _check_layers(where: str, layers: dict[str, Any]) -> None:
+    for name, layer in layers.items():
+        for function in ("init", "forward", "backward"):
+            if not callable(getattr(layer, function, None)):
+                raise TypeError(
+                    f"{where}: {name} must be a layer, but {_kind(layer)} has no {function}"
+                )
+
+
+def _children(where: str, params: Tree, layers: dict[str, Any]) -> list[Tree]:
+    """The params of each child; while training, with a key of its own folded from the parent's."""
+    if not isinstance(params, dict) or "key" not in params:
+        _check_params(where, params, layers.keys())
+        return [params.get(name, {}) for name in layers]
+    _check_params(where, params, layers.keys() | _KEY_ONLY)
+    parent = _key_array(params["key"])
+    keys = np.empty((len(layers), len(parent) + 1), np.uint32)
+    keys[:, :-1] = parent
+    keys[:, -1] = np.arange(len(layers))
+    children = []
+    for name, key in zip(layers, keys, strict=True):
+        child = params.get(name, {})
+        if not isinstance(child, dict):
+            raise TypeError(f"{where}: params[{name!r}] must be a dict, got {_kind(child)}")
+        children.append({**child, "key": key})
+    return children
+
+
+def _within(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a child's function; its errors say the child's name first."""
+    try:
+        return function(*arguments)
+    except (ValueError, TypeError) as error:
+        if type(error) not in (ValueError, TypeError):  # others may not take a message alone
+            raise
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _takes_need_dx(backward: Any) -> bool:
+    """Whether `backward` has the keyword-only argument `need_dx` (see `Layer`)."""
+    function = getattr(backward, "func", backward)
+    return "need_dx" in (getattr(function, "__kwdefaults__", None) or ())
+
+
+def sequential_init(key: Key, shape: Shape, *, layers: dict[str, Any]) -> tuple[Tree, Shape]:
+    """{name: params} of the layers that have any, each from its own key, and the last shape."""
+    params = {}
+    for index, (name, layer) in enumerate(layers.items()):
+        own, shape = _within(name, layer.init, fold_key(key, index), shape)
+        if own:
+            params[name] = own
+    return params, shape
+
+
+def sequential_forward(params: Tree, x: Array, *, layers: dict[str, Any]) -> tuple[Array, Tree]:
+    """x through every layer in turn; the cache is {name: cache}."""
+    cache = {}
+    children = _children("sequential", params, layers)
+    for (name, layer), child in zip(layers.items(), children, strict=True):
+        x, cache[name] = _within(name, layer.forward, child, x)
+    return x, cache
+
+
+def _check_cache(where: str, cache: Any, layers: dict[str, Any]) -> None:
+    if not isinstance(cache, dict) or cache.keys() != layers.keys():
+        raise ValueError(f"{where}: cache has {_names(cache)}, expected {sorted(layers)}")
+
+
+def sequential_backward(
+    params: Tree, cache: Tree, dy: Array, *, need_dx: bool = True, layers: dict[str, Any]
+) -> tuple[Array | None, Tree]:
+    """dy through every layer in reverse; grads are {name: grads} of the layers that have any."""
+    _check_cache("sequential", cache, layers)
+    first = None if need_dx else next(iter(layers), None)
+    dx: Any = dy
+    grads = {}
+    for name in reversed(layers):
+        backward = layers[name].backward
+        if name == first and _takes_need_dx(backward):
+            backward = partial(backward, need_dx=False)
+        dx, grads[name] = _within(name, backward, params.get(name, {}), cache[name], dx)
+    return dx, {name: grads[name] for name in layers if grads[name]}
+
+
+def sequential(*layers: Any, **named_layers: Any) -> Layer:
+    """One layer after the other. Unnamed layers are called "0", "1", ... by their position.
+
+    `sequential(hidden=linear(256), act=relu(), out=linear(10))`. ValueError for the name "key",
+    an empty one or one with "/" in it; TypeError for what is not a layer.
+    """
+    every: dict[str, Any] = {str(position): layer for position, layer in enumerate(layers)}
+    for name, layer in named_layers.items():
+        if name in every or name in ("", "key") or "/" in name:
+            raise ValueError(f"sequential: a layer cannot be called {name!r}")
+        every[name] = layer
+    _check_layers("sequential", every)
+    return Layer(
+        partial(sequential_init, layers=every),
+        partial(sequential_forward, layers=every),
+        partial(sequential_backward, layers=every),
+    )
+
+
+def _check_same(shapes: list[Shape]) -> None:
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"residual: the branch gives {shapes[0]}, but the shortcut {shapes[1]}")
+
+
+def residual_init(key: Key, shape: Shape, *, layers: dict[str, Any]) -> tuple[Tree, Shape]:
+    """{"branch": params, "shortcut": params}, without the one that has none."""
+    params, shapes = {}, []
+    for index, (name, layer) in enumerate(layers.items()):
+        own, out = _within(name, layer.init, fold_key(key, index), shape)
+        shapes.append(out)
+        if own:
+            params[name] = own
+    _check_same(shapes)
+    return params, shapes[0]
+
+
+def residual_forward(params: Tree, x: Array, *, layers: dict[str, Any]) -> tuple[Array, Tree]:
+    """y = branch(x) + shortcut(x)."""
+    outputs, cache = [], {}
+    children = _children("residual", params, layers)
+    for (name, layer), child in zip(layers.items(), children, strict=True):
+        y, cache[name] = _within(name, layer.forward, child, x)
+        outputs.append(y)
+    _check_same([y.shape for y in outputs])
+    return outputs[0] + outputs[1], cache
+
+
+def residual_backward(
+    params: Tree, cache: Tree, dy: Array, *, layers: dict[str, Any]
+) -> tuple[Array, Tree]:
+    """dx = dx of the branch + dx of the shortcut."""
+    _check_cache("residual", cache, layers)
+    inputs, grads = [], {}
+    for name, layer in layers.items():
+        dx, own = _within(name, layer.backward, params.get(name, {}), cache[name], dy)
+        inputs.append(dx)
+        if own:
+            grads[name] = own
+    return inputs[0] + inputs[1], grads
+
+
+def residual(branch: Any, shortcut: Any = identity()) -> Layer:
+    """y = branch(x) + shortcut(x) (He et al. 2016). Both must give the same shape."""
+    layers = {"branch": branch, "shortcut": shortcut}
+    _check_layers("residual", layers)
+    return Layer(
+        partial(residual_init, layers=layers),
+        partial(residual_forward, layers=layers),
+        partial(residual_backward, layers=layers),
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses: (prediction, target) -> (loss, dprediction)
+# ------------------------------------------------------------------------------------------------
+
+
+def _check_prediction(where: str, name: str, prediction: Any, axes: int | None = None) -> None:
+    _check_array(where, name, prediction)
+    if prediction.size == 0:
+        raise ValueError(f"{where}: {name} must not be empty, got shape {prediction.shape}")
+    if axes is not None and prediction.ndim != axes:
+        raise ValueError(f"{where}: {name} must be (N, classes), got shape {prediction.shape}")
+
+
+def _check_labels(where: str, labels: Any, count: int, classes: int) -> None:
+    """Refuse what is not one class number for each of `count` samples."""
+    if not isinstance(labels, np.ndarray):
+        raise TypeError(f"{where}: labels must be a NumPy array, got {_kind(labels)}")
+    if labels.shape != (count,):
+        raise ValueError(f"{where}: labels must have shape ({count},), got {labels.shape}")
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"{where}: labels must be whole numbers (integers), got {labels.dtype}")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"{where}: labels must be from 0 to {classes - 1}, got {labels.min()} to {labels.max()}"
+        )
+
+
+def _probabilities(where: str, target: Any, prediction: Array) -> Array:
+    """Class numbers (N,) or probabilities (N, K) as a new array of probabilities (N, K)."""
+    if isinstance(target, np.ndarray) and target.ndim == 2:
+        if target.shape != prediction.shape:
+            raise ValueError(
+                f"{where}: target has shape {target.shape}, but the prediction {prediction.shape}"
+            )
+        if target.dtype.kind not in "biuf" or not (target.min() >= 0 and target.max() <= 1):
+            raise ValueError(f"{where}: target probabilities must be numbers from 0 to 1")
+        return target.astype(prediction.dtype)
+    count, classes = prediction.shape
+    _check_labels(where, target, count, classes)
+    probabilities = np.zeros(prediction.shape, prediction.dtype)
+    probabilities[np.arange(count), target] = 1
+    return probabilities
+
+
+def softmax_cross_entropy(
+    logits: Array, target: Array, smoothing: float = 0.0
+) -> tuple[float, Array]:
+    """-Σ t log softmax(logits), the mean over the batch; its gradient (softmax · Σt - t) / N.
+
+    logits (N, K); target: class numbers (N,) or probabilities (N, K). With `smoothing` s in
+    [0, 1), t becomes (1 - s) t + s/K (Szegedy et al. 2016, as PyTorch's label_smoothing).
+    """
+    where = "softmax_cross_entropy"
+    _check_prediction(where, "logits", logits, axes=2)
+    smoothing = _number(where, "smoothing", smoothing, minimum=0, below=1)
+    t = _probabilities(where, target, logits)
+    if smoothing:
+        t *= 1 - smoothing
+        t += smoothing / logits.shape[1]
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    gradient = np.exp(shifted)
+    total = gradient.sum(axis=1, keepdims=True)
+    shifted -= np.log(total)
+    loss = -float(np.vdot(t, shifted)) / len(t)
+    gradient *= t.sum(axis=1, keepdims=True) / total
+    gradient -= t
+    gradient *= 1 / len(t)
+    return loss, gradient
+
+
+def cross_entropy(probabilities: Array, target: Array) -> tuple[float, Array]:
+    """-Σ t log p, the mean over the batch; its gradient -t / p / N.
+
+    probabilities p (N, K), as `softmax` gives them; target: class numbers (N,) or probabilities
+    (N, K). p is clipped from below at the smallest normal number, so that log 0 is never met.
+    Training is more accurate with `softmax_cross_entropy` on logits.
+    """
+    where = "cross_entropy"
+    _check_prediction(where, "probabilities", probabilities, axes=2)
+    tolerance = 1e-3  # rounding, and the steps of a gradient check
+    if not (probabilities.min() >= -tolerance and probabilities.max() <= 1 + tolerance):
+        raise ValueError(
+            f"{where}: probabilities must be from 0 to 1; for logits use softmax_{where}"
+        )
+    t = _probabilities(where, target, probabilities)
+    p = np.maximum(probabilities, np.finfo(probabilities.dtype).tiny)
+    loss = -float(np.vdot(t, np.log(p))) / len(t)
+    t /= p
+    t *= -1 / len(t)
+    return loss, t
+
+
+def hinge(scores: Array, target: Array, margin: float = 1.0) -> tuple[float, Array]:
+    """Σ max(0, s_j - s_y + margin) over the wrong classes j, the mean over the batch.
+
+    scores (N, K), target: class numbers y (N,) (Weston and Watkins 1999, as CS231n).
+    """
+    _check_prediction("hinge", "scores", scores, axes=2)
+    margin = _number("hinge", "margin", margin, minimum=0, below=math.inf)
+    count, classes = scores.shape
+    _check_labels("hinge", target, count, classes)
+    samples = np.arange(count)
+    excess = scores - scores[samples, target][:, None] + margin
+    excess[samples, target] = 0
+    gradient = (excess > 0).astype(scores.dtype)
+    loss = float(np.vdot(excess, gradient)) / count
+    gradient[samples, target] = -gradient.sum(axis=1)
+    gradient *= 1 / count
+    return loss, gradient
+
+
+def _elementwise_target(where: str, prediction: Any, target: Any) -> Array:
+    """The target in the dtype of the prediction; refused unless it has exactly its shape."""
+    _check_prediction(where, "prediction", prediction)
+    if not isinstance(target, np.ndarray) or target.dtype.kind not in "biuf":
+        raise TypeError(f"{where}: target must be an array of numbers, got {_kind(target)}")
+    if target.shape != prediction.shape:
+        raise ValueError(
+            f"{where}: target has shape {target.shape}, but the prediction {prediction.shape}"
+        )
+    return target if target.dtype == prediction.dtype else target.astype(prediction.dtype)
+
+
+def binary_cross_entropy(logits: Array, target: Array) -> tuple[float, Array]:
+    """-(t log σ(z) + (1 - t) log(1 - σ(z))), the mean over all elements; gradient (σ(z) - t)/size.
+
+    logits z and target t in [0, 1] of the same shape (as PyTorch's BCEWithLogitsLoss).
+    """
+    t = _elementwise_target("binary_cross_entropy", logits, target)
+    if not (t.min() >= 0 and t.max() <= 1):
+        raise ValueError("binary_cross_entropy: target must be from 0 to 1")
+    losses = np.maximum(logits, 0) - logits * t + np.log1p(np.exp(-np.abs(logits)))
+    return float(losses.mean()), (_sigmoid(logits) - t) / t.size
+
+
+def mean_squared_error(prediction: Array, target: Array) -> tuple[float, Array]:
+    """(p - t)², the mean over all elements; gradient 2 (p - t) / size."""
+    difference = prediction - _elementwise_target("mean_squared_error", prediction, target)
+    return float(np.square(difference).mean()), difference * (2 / difference.size)
+
+
+def mean_absolute_error(prediction: Array, target: Array) -> tuple[float, Array]:
+    """|p - t|, the mean over all elements; gradient sign(p - t) / size."""
+    difference = prediction - _elementwise_target("mean_absolute_error", prediction, target)
+    return float(np.abs(difference).mean()), np.sign(difference) / difference.size
+
+
+def huber(prediction: Array, target: Array, delta: float = 1.0) -> tuple[float, Array]:
+    """d²/2 where |d| <= delta, else delta · (|d| - delta/2), with d = p - t; the mean over all.
+
+    The gradient is d, clipped to [-delta, delta], over the size (as PyTorch's HuberLoss).
+    """
+    delta = _number("huber", "delta", delta, above=0, below=math.inf)
+    difference = prediction - _elementwise_target("huber", prediction, target)
+    clipped = np.clip(difference, -delta, delta)
+    losses = clipped * (difference - 0.5 * clipped)
+    return float(losses.mean()), clipped / clipped.size
+
+
+def l2_penalty(params: Tree, coefficient: float) -> tuple[float, Tree]:
+    """coefficient/2 · Σ W² over all entries with two or more axes; their grads coefficient · W.
+
+    So weight matrices and kernels are decayed, but not biases, gammas or betas, which get no
+    entry in the grads. `tree_add` adds these to the grads of a loss.
+    """
+    coefficient = _number("l2_penalty", "coefficient", coefficient, minimum=0, below=math.inf)
+    weights = {path: leaf for path, leaf in tree_flatten(params).items() if np.ndim(leaf) >= 2}
+    loss = sum(0.5 * coefficient * float(np.vdot(W, W)) for W in weights.values())
+    return loss, tree_unflatten({path: coefficient * W for path, W in weights.items()})
+
+
+# ------------------------------------------------------------------------------------------------
+# Optimisers: step(params, grads, state) -> (params, state)
+# ------------------------------------------------------------------------------------------------
+
+Rate = float | Callable[[int], float]
+
+
+class Optimizer(NamedTuple):
+    """An optimiser: two pure functions.
+
+    The state holds "step" (how many steps were taken), "scale" (times which every rate is
+    multiplied, see `reduce_on_plateau`) and, for each quantity the rule remembers, a tree like
+    params. `step` moves exactly the entries that grads hold; the others stay as they are.
+    """
+
+    init: Callable[[Tree], Tree]  # params -> state
+    step: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]  # params, grads, state -> params, state
+
+
+_COMMON = frozenset({"step", "scale", "plateau_best", "plateau_count"})
+
+
+def _zero_count(array: Array) -> Array:
+    return np.zeros((), np.int64)
+
+
+def _init_state(params: Tree, *, where: str, remembers: dict[str, Callable]) -> Tree:
+    if not isinstance(params, dict):
+        raise TypeError(f"{where}: params must be a dict, got {_kind(params)}")
+    trees = {name: tree_map(zero, params) for name, zero in remembers.items()}
+    return {"step": np.zeros((), np.int64), "scale": np.ones(()), **trees}
+
+
+def _take_step(
+    params: Tree,
+    grads: Tree,
+    state: Tree,
+    *,
+    where: str,
+    remembers: dict[str, Callable],
+    lr: Rate,
+    update: Callable[..., tuple[Array, Tree]],
+) -> tuple[Tree, Tree]:
+    """One step of any optimiser: `update` for every entry of grads."""
+    for name, tree in (("params", params), ("grads", grads), ("state", state)):
+        if not isinstance(tree, dict):
+            raise TypeError(f"{where}: {name} must be a dict, got {_kind(tree)}")
+    if not {"step", "scale", *remembers} <= state.keys() <= _COMMON | remembers.keys():
+        raise ValueError(f"{where}: the state is not this optimiser's, it has {_names(state)}")
+    step = int(state["step"])
+    rate = float(lr(step) if callable(lr) else lr) * float(state["scale"])
+    if not 0 <= rate < math.inf:
+        raise ValueError(f"{where}: the learning rate of step {step} is {rate}")
+    memory = {name: state[name] for name in remembers}
+    params, memory = _update_tree(where, params, grads, memory, partial(update, lr=rate))
+    return params, {**state, **memory, "step": np.array(step + 1)}
+
+
+def _update_tree(
+    where: str, params: Tree, grads: Tree, memory: Tree, update: Callable, path: str = ""
+) -> tuple[Tree, Tree]:
+    params = dict(params)
+    memory = {name: dict(tree) for name, tree in memory.items()}
+    for name, g in grads.items():
+        here = f"{path}{name}"
+        if name not in params:
+            raise ValueError(f"{where}: grads have an entry {here!r} that params lack")
+        try:
+            own = {quantity: tree[name] for quantity, tree in memory.items()}
+        except (KeyError, TypeError):
+            raise ValueError(f"{where}: the state lacks {here!r}, it is of other params") from None
+        if isinstance(g, dict) and isinstance(params[name], dict):
+            params[name], own = _update_tree(where, params[name], g, own, update, f"{here}/")
+        else:
+            params[name], own = _update_entry(f"{where}: {here}", params[name], g, own, update)
+        for quantity, value in own.items():
+            memory[quantity][name] = value
+    return params, memory
+
+
+def _update_entry(where: str, p: Any, g: Any, memory: Tree, update: Callable) -> tuple[Array, Tree]:
+    """`update` for one array, checked; in the dtype of params."""
+    _check_array(where, "params", p)
+    g = _check_gradient_of(where, g, p)
+    for name, value in memory.items():
+        if not isinstance(value, np.ndarray) or value.shape not in (p.shape, ()):
+            raise ValueError(f"{where}: {name} in the state does not fit, it is {_kind(value)}")
+    if p.ndim:
+        return update(p, g, **memory)
+    new, memory = update(p[None], g[None], **{name: m[None] for name, m in memory.items()})
+    return new[0, ...], {name: m[0, ...] for name, m in memory.items()}
+
+
+def _check_gradient_of(where: str, g: Any, p: Array) -> Array:
+    if type(g) is not np.ndarray or g.dtype != p.dtype:
+        _check_array(where, "grads", g)
+        g = g.astype(p.dtype)
+    if g.shape != p.shape:
+        raise ValueError(f"{where}: grads have shape {g.shape}, but params {p.shape}")
+    return g
+
+
+def _optimizer(
+    where: str, lr: Rate, update: Callable, remembers: dict[str, Any], **options: Any
+) -> Optimizer:
+    if not callable(lr):
+        lr = _number(where, "lr", lr, minimum=0, below=math.inf)
+    update = partial(update, **options)
+    return Optimizer(
+        partial(_init_state, where=where, remembers=remembers),
+        partial(_take_step, where=where, remembers=remembers, lr=lr, update=update),
+    )
+
+
+def _decay(where: str, weight_decay: float) -> float:
+    return _number(where, "weight_decay", weight_decay, minimum=0, below=math.inf)
+
+
+def _sgd_update(
+    p: Array,
+    g: Array,
+    *,
+    lr: float,
+    velocity: Array | None = None,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+) -> tuple[Array, Tree]:
+    if weight_decay:
+        g = g + weight_decay * p
+    if velocity is None:
+        return p - lr * g, {}
+    velocity = velocity * momentum
+    velocity += g
+    change = g + momentum * velocity if nesterov else velocity
+    change = change * -lr
+    change += p
+    return change, {"velocity": velocity}
+
+
+def sgd(
+    lr: Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
+) -> Optimizer:
+    """Stochastic gradient descent: v <- momentum · v + g, p <- p - lr · v.
+
+    g includes weight_decay · p. With nesterov, p <- p - lr · (g + momentum · v). As PyTorch's
+    SGD. ValueError for nesterov without momentum, a momentum outside [0, 1) or a negative rate
+    or decay.
+    """
+    momentum = _number("sgd", "momentum", momentum, minimum=0, below=1)
+    if nesterov and not momentum:
+        raise ValueError("sgd: nesterov needs a momentum above 0")
+    options = {"momentum": momentum, "nesterov": bool(nesterov)}
+    options["weight_decay"] = _decay("sgd", weight_decay)
+    return _optimizer(
+        "sgd", lr, _sgd_update, {"velocity": np.zeros_like} if momentum else {}, **options
+    )
+
+
+def _adam_update(
+    p: Array,
+    g: Array,
+    *,
+    lr: float,
+    m: Array,
+    v: Array,
+    count: Array,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> tuple[Array, Tree]:
+    if weight_decay:
+        p, g = (p * (1 - lr * weight_decay), g) if decoupled else (p, g + weight_decay * p)
+    count = count + 1
+    t = int(count.item())
+    # In-place work on arrays made here halves the time: each pass over fresh memory is dear.
+    scratch = g * (1 - beta1)
+    m = m * beta1
+    m += scratch
+    np.square(g, out=scratch)
+    scratch *= 1 - beta2
+    v = v * beta2
+    v += scratch
+    np.sqrt(v, out=scratch)
+    unbias = math.sqrt(1 - beta2**t)
+    scratch += eps * unbias
+    np.divide(m, scratch, out=scratch)
+    scratch *= -lr * unbias / (1 - beta1**t)
+    scratch += p
+    return scratch, {"m": m, "v": v, "count": np.asarray(count)}
+
+
+_ADAM_MEMORY = {"m": np.zeros_like, "v": np.zeros_like, "count": _zero_count}
+
+
+def _adam_options(where: str, beta1: float, beta2: float, eps: float, decay: float) -> Tree:
+    return {
+        "beta1": _number(where, "beta1", beta1, minimum=0, below=1),
+        "beta2": _number(where, "beta2", beta2, minimum=0, below=1),
+        "eps": _number(where, "eps", eps, above=0, below=math.inf),
+        "weight_decay": _decay(where, decay),
+    }
+
+
+def adam(
+    lr: Rate = 1e-3,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """m <- β₁m + (1-β₁)g, v <- β₂v + (1-β₂)g², p <- p - lr · m̂ / (sqrt(v̂) + eps).
+
+    m̂ = m/(1-β₁ᵗ) and v̂ = v/(1-β₂ᵗ), with t the number of steps of that entry; g includes
+    weight_decay · p. As PyTorch's Adam (Kingma and Ba 2015). ValueError for a beta outside
+    [0, 1), an eps that is not positive, a negative rate or decay.
+    """
+    options = _adam_options("adam", beta1, beta2, eps, weight_decay)
+    return _optimizer("adam", lr, _adam_update, _ADAM_MEMORY, **options, decoupled=False)
+
+
+def adamw(
+    lr: Rate = 1e-3,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+) -> Optimizer:
+    """`adam` after p <- p · (1 - lr · weight_decay), instead of decay in the gradient.
+
+    As PyTorch's AdamW (Loshchilov and Hutter 2019). Errors as `adam`.
+    """
+    options = _adam_options("adamw", beta1, beta2, eps, weight_decay)
+    return _optimizer("adamw", lr, _adam_update, _ADAM_MEMORY, **options, decoupled=True)
+
+
+def _rmsprop_update(
+    p: Array,
+    g: Array,
+    *,
+    lr: float,
+    square_average: Array,
+    velocity: Array | None = None,
+    decay: float,
+    eps: float,
+    momentum: float,
+    weight_decay: float,
+) -> tuple[Array, Tree]:
+    if weight_decay:
+        g = g + weight_decay * p
+    square_average = decay * square_average + (1 - decay) * (g * g)
+    change = g / (np.sqrt(square_average) + eps)
+    if velocity is None:
+        return p - lr * change, {"square_average": square_average}
+    velocity = momentum * velocity + change
+    return p - lr * velocity, {"square_average": square_average, "velocity": velocity}
+
+
+def rmsprop(
+    lr: Rate = 0.01,
+    decay: float = 0.99,
+    eps: float = 1e-8,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """s <- decay · s + (1 - decay) g², v <- momentum · v + g / (sqrt(s) + eps), p <- p - lr · v.
+
+    g includes weight_decay · p. As PyTorch's RMSprop (Tieleman and Hinton 2012). ValueError for
+    a decay or momentum outside [0, 1), an eps that is not positive, a negative rate.
+    """
+    momentum = _number("rmsprop", "momentum", momentum, minimum=0, below=1)
+    remembers: dict[str, Callable] = {"square_average": np.zeros_like}
+    if momentum:
+        remembers["velocity"] = np.zeros_like
+    return _optimizer(
+        "rmsprop",
+        lr,
+        _rmsprop_update,
+        remembers,
+        decay=_number("rmsprop", "decay", decay, minimum=0, below=1),
+        eps=_number("rmsprop", "eps", eps, above=0, below=math.inf),
+        momentum=momentum,
+        weight_decay=_decay("rmsprop", weight_decay),
+    )
+
+
+def _adagrad_update(
+    p: Array, g: Array, *, lr: float, square_sum: Array, eps: float, weight_decay: float
+) -> tuple[Array, Tree]:
+    if weight_decay:
+        g = g + weight_decay * p
+    square_sum = square_sum + g * g
+    return p - lr * (g / (np.sqrt(square_sum) + eps)), {"square_sum": square_sum}
+
+
+def adagrad(lr: Rate = 0.01, eps: float = 1e-10, weight_decay: float = 0.0) -> Optimizer:
+    """s <- s + g², p <- p - lr · g / (sqrt(s) + eps); g includes weight_decay · p.
+
+    As PyTorch's Adagrad (Duchi et al. 2011). ValueError for an eps that is not positive, a
+    negative rate or decay.
+    """
+    eps = _number("adagrad", "eps", eps, above=0, below=math.inf)
+    decay = _decay("adagrad", weight_decay)
+    remembers = {"square_sum": np.zeros_like}
+    return _optimizer("adagrad", lr, _adagrad_update, remembers, eps=eps, weight_decay=decay)
+
+
+def _adadelta_update(
+    p: Array,
+    g: Array,
+    *,
+    lr: float,
+    square_average: Array,
+    change_average: Array,
+    decay: float,
+    eps: float,
+    weight_decay: float,
+) -> tuple[Array, Tree]:
+    if weight_decay:
+        g = g + weight_decay * p
+    square_average = decay * square_average + (1 - decay) * (g * g)
+    change = np.sqrt(change_average + eps) / np.sqrt(square_average + eps) * g
+    change_average = decay * change_average + (1 - decay) * (change * change)
+    memory = {"square_average": square_average, "change_average": change_average}
+    return p - lr * change, memory
+
+
+def adadelta(
+    lr: Rate = 1.0, decay: float = 0.9, eps: float = 1e-6, weight_decay: float = 0.0
+) -> Optimizer:
+    """s <- decay · s + (1 - decay) g², d = sqrt(u + eps) / sqrt(s + eps) · g, p <- p - lr · d.
+
+    u <- decay · u + (1 - decay) d²; g includes weight_decay · p. As PyTorch's Adadelta (Zeiler
+    2012). ValueError for a decay outside [0, 1), an eps that is not positive, a negative rate.
+    """
+    return _optimizer(
+        "adadelta",
+        lr,
+        _adadelta_update,
+        {"square_average": np.zeros_like, "change_average": np.zeros_like},
+        decay=_number("adadelta", "decay", decay, minimum=0, below=1),
+        eps=_number("adadelta", "eps", eps, above=0, below=math.inf),
+        weight_decay=_decay("adadelta", weight_decay),
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Schedules: step -> learning rate, the first step is 0
+# ------------------------------------------------------------------------------------------------
+
+Schedule = Callable[[int], float]
+
+
+def _rate(where: str, name: str, lr: Any) -> float:
+    return _number(where, name, lr, minimum=0, below=math.inf)
+
+
+def _factor(where: str, name: str, factor: Any) -> float:
+    return _number(where, name, factor, minimum=0, maximum=1)
+
+
+def _step_decay(step: int, *, lr: float, every: int, factor: float) -> float:
+    return lr * factor ** (step // every)
+
+
+def step_decay(lr: float, every: int, factor: float = 0.1) -> Schedule:
+    """lr · factor^⌊step / every⌋."""
+    every = _whole("step_decay", "every", every, 1)
+    lr, factor = _rate("step_decay", "lr", lr), _factor("step_decay", "factor", factor)
+    return partial(_step_decay, lr=lr, every=every, factor=factor)
+
+
+def _multistep(step: int, *, lr: float, milestones: tuple[int, ...], factor: float) -> float:
+    return lr * factor ** sum(step >= milestone for milestone in milestones)
+
+
+def multistep(lr: float, milestones: Sequence[int], factor: float = 0.1) -> Schedule:
+    """lr · factor^(how many milestones have been reached)."""
+    if isinstance(milestones, str) or not isinstance(milestones, (Sequence, np.ndarray)):
+        raise TypeError(f"multistep: milestones must be a sequence, got {_kind(milestones)}")
+    steps = tuple(_whole("multistep", "every milestone", step, 0) for step in milestones)
+    lr, factor = _rate("multistep", "lr", lr), _factor("multistep", "factor", factor)
+    return partial(_multistep, lr=lr, milestones=steps, factor=factor)
+
+
+def _exponential(step: int, *, lr: float, decay: float) -> float:
+    return lr * decay**step
+
+
+def exponential(lr: float, decay: float) -> Schedule:
+    """lr · decay^step."""
+    decay = _factor("exponential", "decay", decay)
+    return partial(_exponential, lr=_rate("exponential", "lr", lr), decay=decay)
+
+
+def _between(start: float, end: float, progress: float) -> float:
+    """From start (progress 0) to end (progress 1) along half a cosine."""
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _cosine(step: int, *, lr: float, steps: int, final: float) -> float:
+    return _between(lr, final, step / steps) if step < steps else final
+
+
+def cosine(lr: float, steps: int, final: float = 0.0) -> Schedule:
+    """final + (lr - final) · (1 + cos(π · step / steps)) / 2, and `final` from `steps` on.
+
+    Loshchilov and Hutter 2017, without restarts.
+    """
+    lr, final = _rate("cosine", "lr", lr), _rate("cosine", "final", final)
+    return partial(_cosine, lr=lr, steps=_whole("cosine", "steps", steps, 1), final=final)
+
+
+def _cyclic(step: int, *, low: float, high: float, half_cycle: int) -> float:
+    position = step % (2 * half_cycle)
+    return low + (high - low) * min(position, 2 * half_cycle - position) / half_cycle
+
+
+def cyclic(low: float, high: float, half_cycle: int) -> Schedule:
+    """A triangle: `low` at 0, `high` after `half_cycle` steps, `low` again after two (Smith 2017)."""
+    low, high = _rate("cyclic", "low", low), _rate("cyclic", "high", high)
+    half_cycle = _whole("cyclic", "half_cycle", half_cycle, 1)
+    return partial(_cyclic, low=low, high=high, half_cycle=half_cycle)
+
+
+def _one_cycle(step: int, *, peak: float, steps: int, rise: float) -> float:
+    top = max(rise * steps - 1, 0)
+    if step < top:
+        return _between(peak / 25, peak, step / top)
+    length = steps - 1 - top
+    progress = min((step - top) / length, 1) if length > 0 else 1
+    return _between(peak, peak / 250_000, progress)
+
+
+def one_cycle(peak: float, steps: int, rise: float = 0.3) -> Schedule:
+    """A cosine from peak/25 up to `peak` for `rise` of the steps, then one down to peak/250,000.
+
+    Smith and Topin 2018, with the numbers of PyTorch's OneCycleLR; after the last step it stays.
+    """
+    peak, rise = _rate("one_cycle", "peak", peak), _factor("one_cycle", "rise", rise)
+    return partial(_one_cycle, peak=peak, steps=_whole("one_cycle", "steps", steps, 1), rise=rise)
+
+
+def _warmup(step: int, *, schedule: Rate, steps: int) -> float:
+    lr = schedule(step) if callable(schedule) else schedule
+    return lr * (step + 1) / steps if step < steps else lr
+
+
+def warmup(schedule: Rate, steps: int) -> Schedule:
+    """schedule(step) · min(1, (step + 1) / steps); `schedule` may be a number."""
+    if not callable(schedule):
+        schedule = _rate("warmup", "schedule", schedule)
+    return partial(_warmup, schedule=schedule, steps=_whole("warmup", "steps", steps, 1))
+
+
+def reduce_on_plateau(
+    state: Tree, loss: float, factor: float = 0.5, patience: int = 10, threshold: float = 1e-3
+) -> Tree:
+    """An optimiser's state whose "scale" was multiplied by `factor` if the loss has settled.
+
+    That is after more than `patience` calls in a row in which the loss was not below
+    best · (1 - threshold), as PyTorch's ReduceLROnPlateau counts them. The best loss and the
+    count are kept in the state as "plateau_best" and "plateau_count".
+    """
+    where = "reduce_on_plateau"
+    if not isinstance(state, dict) or "scale" not in state:
+        raise ValueError(f"{where}: expected an optimiser's state, got {_names(state)}")
+    factor = _factor(where, "factor", factor)
+    patience = _whole(where, "patience", patience, 0)
+    threshold = _number(where, "threshold", threshold, minimum=0, below=1)
+    if isinstance(loss, bool) or not isinstance(loss, (int, float, np.number)):
+        raise TypeError(f"{where}: loss must be a number, got {_kind(loss)}")
+    best, count = float(state.get("plateau_best", math.inf)), int(state.get("plateau_count", 0))
+    scale = float(state["scale"])
+    if loss < best * (1 - threshold):
+        best, count = float(loss), 0
+    else:
+        count += 1
+    if count > patience:
+        scale, count = scale * factor, 0
+    plateau = {"plateau_best": np.array(best), "plateau_count": np.array(count)}
+    return {**state, "scale": np.array(scale), **plateau}
+
+
+# ------------------------------------------------------------------------------------------------
+# Gradient checking
+# ------------------------------------------------------------------------------------------------
+
+_SAMPLES = 40  # entries of one array that are compared one by one, when it has more
+_STEP = 3e-6  # near the cube root of float64's precision, where central differences are best
+
+
+class _Probe(NamedTuple):
+    """Σ y · r as a function of one of the inputs, whose slopes are to be measured."""
+
+    layer: Any
+    inputs: Tree  # {"params": params, "x": x}
+    path: str  # the input that is moved, as "x" or "params/hidden/W"
+    array: Array
+    r: Array
+
+    def output(self, positions: Any, change: Array | float) -> Array:
+        moved = self.array.copy()
+        moved.reshape(-1)[positions] += change
+        inputs = _replaced(self.inputs, self.path, moved)
+        return self.layer.forward(inputs["params"], inputs["x"])[0]
+
+    def slope(self, positions: Any, direction: Array | float, step: float) -> float:
+        """The central difference along a direction."""
+        higher = self.output(positions, step * direction)
+        lower = self.output(positions, -step * direction)
+        return float(((higher - lower) * self.r).sum()) / (2 * step)
+
+
+def _replaced(tree: Tree, path: str, leaf: Array) -> Tree:
+    name, _, rest = path.partition("/")
+    return {**tree, name: _replaced(tree[name], rest, leaf) if rest else leaf}
+
+
+def _suspect(probe: _Probe, analytic: Array, direction: Array) -> int:
+    """The position found by halving: always the half whose slope along `direction` is wronger.
+
+    One wrong entry anywhere changes the slope along a direction that moves every entry, so that
+    it is found with few slopes, however many entries there are.
+    """
+
+    def error(positions: Array) -> float:
+        slope = probe.slope(positions, direction[positions], _STEP / math.sqrt(len(positions)))
+        return slope - float(analytic[positions] @ direction[positions])
+
+    positions = np.arange(len(analytic))
+    total = error(positions)
+    while len(positions) > 1:
+        first, second = np.array_split(positions, 2)
+        of_first = error(first)
+        if abs(of_first) >= abs(total - of_first):
+            positions, total = first, of_first
+        else:
+            positions, total = second, total - of_first
+    return int(positions[0])
+
+
+def _compare(probe: _Probe, analytic: Array, y: Array, rtol: float, key: Key) -> None:
+    """AssertionError where the slope by backward is not that by differences."""
+    name = probe.path.replace("params/", "grads/") if probe.path != "x" else "dx"
+    if analytic.shape != probe.array.shape:
+        raise AssertionError(
+            f"check_gradients: {name} has shape {analytic.shape},"
+            f" but what it is the gradient of has {probe.array.shape}"
+        )
+    flat = np.asarray(analytic, np.float64).reshape(-1)
+    positions = np.arange(flat.size)
+    if flat.size > _SAMPLES:
+        generator = _generator(key)
+        direction = generator.choice([-1.0, 1.0], flat.size)
+        chosen = generator.choice(flat.size, _SAMPLES, replace=False)
+        positions = np.unique(np.append(chosen, _suspect(probe, flat, direction)))
+    for position in positions:
+        step = _STEP * max(1.0, abs(float(probe.array.reshape(-1)[position])))
+        slope = probe.slope(position, 1.0, step)
+        rounding = 100 * np.finfo(np.float64).eps * float(np.linalg.norm(y * probe.r)) / step
+        tolerance = rtol * max(abs(slope), abs(flat[position])) + rounding
+        if abs(slope - flat[position]) <= tolerance:
+            continue
+        # At a kink, as relu has one at 0, everything between the two one-sided slopes is right.
+        right = float(((probe.output(position, step) - y) * probe.r).sum()) / step
+        left = 2 * slope - right
+        if min(left, right) - tolerance <= flat[position] <= max(left, right) + tolerance:
+            continue
+        index = ", ".join(str(int(i)) for i in np.unravel_index(position, probe.array.shape))
+        raise AssertionError(
+            f"check_gradients: {name}[{index}] is {flat[position]:.10g} by backward,"
+            f" but {slope:.10g} by central differences"
+        )
+
+
+def _float64(leaf: Any) -> Any:
+    """A leaf in float64 if it is an array of floats; others, like keys, as they are."""
+    if not isinstance(leaf, np.ndarray) or leaf.dtype.kind != "f":
+        return leaf
+    leaf = leaf.astype(np.float64)
+    leaf.flags.writeable = False  # so that a layer that writes to its input is found at that line
+    return leaf
+
+
+def _untrained(params: Any, cache: Any, path: str) -> set[str]:
+    """The paths of all running statistics."""
+    if not isinstance(params, dict) or not isinstance(cache, dict):
+        return set()
+    found = {f"{path}/{name}" for name in _statistics(params, cache)}
+    return found.union(
+        *(_untrained(value, cache.get(name), f"{path}/{name}") for name, value in params.items())
+    )
+
+
+def check_gradients(layer: Any, params: Any, x: Array, rtol: float = 1e-5, key: Key = 0) -> None:
+    """Compare `backward` with central differences in float64, for dx and every entry of grads.
+
+    `layer` is anything with forward(params, x) -> (y, cache) and backward(params, cache, dy) ->
+    (dx, grads). What is compared is the gradient of Σ y · r, r random from `key`. An array of
+    many entries is sampled, and searched by halving for the entry that is most wrong. For
+    training mode give `training(params, key)`.
+
+    AssertionError names the entry, its index, and both values; also when a gradient has the
+    wrong shape, when y depends on an entry that grads lack, and for grads that params lack.
+    Where y has a kink, any slope between those of its two sides is accepted.
+    """
+    rtol = _number("check_gradients", "rtol", rtol, above=0, below=math.inf)
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"check_gradients: x must be a NumPy array, got {_kind(x)}")
+    inputs = tree_map(_float64, {"params": {} if params is None else params, "x": x})
+    y, cache = layer.forward(inputs["params"], inputs["x"])
+    if not isinstance(y, np.ndarray) or y.dtype != np.float64:
+        raise AssertionError(f"check_gradients: y must be float64 like x, got {_kind(y)}")
+    r: Array = np.asarray(_generator(key).standard_normal(y.shape))
+    dx, grads = layer.backward(inputs["params"], cache, r.copy())
+    slopes = tree_flatten({"params": grads or {}, "x": dx})
+    arrays = {
+        path: array
+        for path, array in tree_flatten(inputs).items()
+        if isinstance(array, np.ndarray) and array.dtype.kind == "f"
+    }
+    for path in slopes:
+        if path not in arrays and path != "x":
+            raise AssertionError(f"check_gradients: grads have {path[7:]!r}, but params do not")
+    untrained = _untrained(inputs["params"], cache, "params")
+    for index, (path, array) in enumerate(arrays.items()):
+        if path in slopes or path not in untrained:
+            analytic = slopes.get(path, np.zeros(array.shape))  # what is missing counts as zero
+            probe = _Probe(layer, inputs, path, array, r)
+            _compare(probe, np.asarray(analytic), y, rtol, fold_key(key, index))
+
+
+# ------------------------------------------------------------------------------------------------
+# Training helpers
+# ------------------------------------------------------------------------------------------------
+
+
+def _value_and_grad(
+    params: Tree, x: Array, target: Array, *, net: Any, loss: Callable
+) -> tuple[float, Tree, Any]:
+    prediction, cache = net.forward(params, x)
+    value, dprediction = loss(prediction, target)
+    options = {"need_dx": False} if _takes_need_dx(net.backward) else {}
+    return value, net.backward(params, cache, dprediction, **options)[1], cache
+
+
+def value_and_grad(net: Any, loss: Callable) -> Callable[..., tuple[float, Tree, Any]]:
+    """The pure function (params, x, target) -> (loss, grads, cache) of a network and a loss.
+
+    `cache` is that of the forward pass, for `update_statistics`.
+    """
+    return partial(_value_and_grad, net=net, loss=loss)
+
+
+def accuracy(logits: Array, labels: Array) -> float:
+    """The share of samples whose largest logit is that of their label: logits (N, K), labels (N,)."""
+    _check_prediction("accuracy", "logits", logits, axes=2)
+    _check_labels("accuracy", labels, *logits.shape)
+    return float(np.mean(logits.argmax(axis=1) == labels))
+
+
+def batches(count: int, size: int, key: Key) -> Iterator[Array]:
+    """Index arrays of `size` entries (the last may have fewer), each of 0 ... count-1 once.
+
+    The order is drawn from `key`. ValueError for a count or a size below 1.
+    """
+    count = _whole("batches", "count", count, 1)
+    size = _whole("batches", "size", size, 1)
+    order = _generator(key).permutation(count)
+    return iter([order[start : start + size] for start in range(0, count, size)])
+
+
+# ------------------------------------------------------------------------------------------------
+# Data: digits to learn from when there are no others
+# ------------------------------------------------------------------------------------------------
+
+
+def _arc(x: float, y: float, width: float, height: float, start: float, end: float) -> Array:
+    """Points on an ellipse around (x, y) with these half axes; degrees, clockwise from the right."""
+    angles = np.radians(np.linspace(start, end, 3 + int(abs(end - start) / 40)))
+    return np.stack([x + width * np.cos(angles), y + height * np.sin(angles)], axis=1)
+
+
+def _line(*points: tuple[float, float]) -> Array:
+    return np.array(points, np.float64)
+
+
+def _numerals() -> list[list[list[Array]]]:
+    """For each numeral the ways to write it, each a list of strokes in a unit box, y downwards."""
+    return [
+        [[_arc(0.5, 0.5, 0.3, 0.45, 0, 360)]],
+        [
+            [_line((0.5, 0.05), (0.5, 0.95))],
+            [_line((0.3, 0.25), (0.52, 0.05), (0.52, 0.95))],
+            [_line((0.3, 0.25), (0.52, 0.05), (0.52, 0.95)), _line((0.3, 0.95), (0.74, 0.95))],
+        ],
+        [
+            [_arc(0.5, 0.3, 0.28, 0.25, 190, 380), _line((0.76, 0.4), (0.2, 0.95), (0.82, 0.95))],
+            [
+                _arc(0.5, 0.3, 0.28, 0.25, 190, 390),
+                _line((0.74, 0.42), (0.3, 0.85)),
+                _arc(0.3, 0.84, 0.12, 0.1, 0, 360),
+                _line((0.3, 0.94), (0.85, 0.93)),
+            ],
+        ],
+        [
+            [_arc(0.45, 0.28, 0.28, 0.23, 200, 450), _arc(0.45, 0.73, 0.32, 0.23, 270, 520)],
+            [_line((0.2, 0.06), (0.76, 0.06), (0.45, 0.42)), _arc(0.43, 0.68, 0.34, 0.27, 270, 510)],
+        ],
+        [
+            [_line((0.62, 0.95), (0.62, 0.05), (0.15, 0.65), (0.85, 0.65))],
+            [_line((0.22, 0.05), (0.2, 0.5), (0.76, 0.5)), _line((0.74, 0.05), (0.7, 0.95))],
+        ],
+        [
+            [_line((0.78, 0.05), (0.3, 0.05), (0.26, 0.46)), _arc(0.47, 0.67, 0.31, 0.28, 225, 500)],
+            [_line((0.3, 0.08), (0.28, 0.42)), _arc(0.47, 0.67, 0.3, 0.28, 230, 510),
+             _line((0.3, 0.08), (0.8, 0.05))],
+        ],
+        [[_arc(0.75, 0.6, 0.52, 0.56, 260, 180), _arc(0.5, 0.7, 0.26, 0.25, 0, 360)]],
+        [
+            [_line((0.18, 0.06), (0.82, 0.06), (0.4, 0.95))],
+            [_line((0.18, 0.06), (0.82, 0.06), (0.4, 0.95)), _line((0.35, 0.5), (0.75, 0.5))],
+        ],
+        [[_arc(0.5, 0.28, 0.23, 0.23, 0, 360), _arc(0.5, 0.73, 0.28, 0.23, 0, 360)]],
+        [
+            [_arc(0.5, 0.3, 0.26, 0.25, 0, 360), _line((0.76, 0.3), (0.7, 0.65), (0.5, 0.95))],
+            [_arc(0.48, 0.3, 0.27, 0.25, 0, 360), _line((0.75, 0.3), (0.74, 0.95))],
+        ],
+    ]  # fmt: skip
+
+
+def _pen_positions(strokes: list[Array], generator: np.random.Generator, count: int) -> Array:
+    """The strokes' segments, differently bent in each of `count` drawings: (count, segments, 4).
+
+    Each row is (x, y) of a segment's two ends, in a box from -1 to 1.
+    """
+    draw = generator.uniform
+    ends = np.concatenate([np.stack([s[:-1], s[1:]], axis=1) for s in strokes])  # (segments, 2, 2)
+    x, y = 2 * ends[..., 0] - 1, 2 * ends[..., 1] - 1
+    one = (count, 1, 1)
+    wave = draw(0, 0.16, one) * np.sin(draw(1, 3, one) * y + draw(0, 2 * np.pi, one))
+    swell = draw(0, 0.16, one) * np.sin(draw(1, 3, one) * x + draw(0, 2 * np.pi, one))
+    x, y = (x + wave) * draw(0.55, 0.95, one), (y + swell) * draw(0.6, 0.85, one)
+    x = x + draw(-0.45, 0.45, one) * y  # slant
+    angle = draw(-0.3, 0.3, one)
+    x, y = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
+    x, y = x + draw(-0.15, 0.15, one), y + draw(-0.15, 0.15, one)
+    return np.stack([x, y], axis=-1).reshape(count, len(ends), 4).astype(np.float32)
+
+
+def _distances(segments: Array, size: int) -> Array:
+    """From every pixel's centre to the nearest of the segments: (count, size, size)."""
+    pixels = ((np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1).astype(np.float32)
+    px, py = pixels[None, None, :], pixels[None, :, None]
+    nearest = np.full((len(segments), size, size), np.inf, np.float32)
+    for x0, y0, x1, y1 in segments.transpose(1, 2, 0)[..., None, None]:
+        dx, dy = x1 - x0, y1 - y0
+        along = ((px - x0) * dx + (py - y0) * dy) / (dx * dx + dy * dy + np.float32(1e-9))
+        np.clip(along, 0, 1, out=along)
+        away = np.square(px - x0 - along * dx)
+        away += np.square(py - y0 - along * dy)
+        np.minimum(nearest, away, out=nearest)
+    return np.sqrt(nearest)
+
+
+def draw_digits(key: Key, count: int, size: int = 28) -> tuple[Array, Array]:
+    """`count` drawings of numerals: images (count, size, size) of uint8, labels (count,).
+
+    Strokes, bent, slanted, turned, scaled, shifted, of random thickness, blur, ink and noise:
+    a stand-in for MNIST where there is no network. The same key gives the same images.
+    """
+    count = _whole("draw_digits", "count", count, 1)
+    size = _whole("draw_digits", "size", size, 8)
+    generator = _generator(key)
+    labels = generator.integers(0, 10, count)
+    images = np.empty((count, size, size), np.uint8)
+    ways = [(digit, way) for digit, written in enumerate(_numerals()) for way in written]
+    pick = generator.random(count)
+    for digit in range(10):
+        strokes = [way for number, way in ways if number == digit]
+        for choice, way in enumerate(strokes):
+            chosen = (labels == digit) & ((pick * len(strokes)).astype(int) == choice)
+            for part in np.array_split(np.flatnonzero(chosen), chosen.sum() // 128 + 1):
+                images[part] = _ink(_pen_positions(way, generator, len(part)), generator, size)
+    return images, labels
+
+
+def _ink(segments: Array, generator: np.random.Generator, size: int) -> Array:
+    one = (len(segments), 1, 1)
+    thickness, blur, ink, noise = (
+        generator.uniform(low, high, one).astype(np.float32)
+        for low, high in ((0.04, 0.15), (0.05, 0.2), (0.6, 1.0), (0.0, 0.15))
+    )
+    image = ink * np.clip((thickness - _distances(segments, size)) / blur + 0.5, 0, 1)
+    image += noise * generator.standard_normal(image.shape, np.float32)
+    return (np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------
+# Not pure: files and network
+# ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` once it is completely on the disk."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def save(path: str | os.PathLike, tree: Tree) -> None:
+    """Write a tree of arrays to a file that `load` and `np.load` read (.npz, uncompressed).
+
+    The file is written beside `path` and then renamed, so that an older one is never lost.
+    TypeError for leaves that are not arrays of numbers, OSError if it cannot be written.
+    """
+    flat = tree_flatten(tree)
+    for name, leaf in flat.items():
+        if not isinstance(leaf, (np.ndarray, np.generic)) or leaf.dtype.kind not in "biuf":
+            raise TypeError(f"save: {name!r} must be an array of numbers, got {_kind(leaf)}")
+    with _replacing(os.fspath(path)) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, leaf in flat.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(leaf), allow_pickle=False)
+
+
+@contextlib.contextmanager
+def _blaming(path: str) -> Iterator[None]:
+    """Whatever goes wrong while a file is read is said of that file, as a ValueError."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be read: {error or type(error).__name__}") from error
+
+
+def _read_npy(member: IO[bytes], size: int) -> Array:
+    """The array in a .npy file of `size` bytes, whose header is not trusted."""
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    version = np.lib.format.read_magic(member)
+    if version not in readers:
+        raise ValueError(f"unknown version {version} of the .npy format")
+    shape, fortran, dtype = readers[version](member)
+    if dtype.kind not in "biuf" or math.prod(shape) * dtype.itemsize != size - member.tell():
+        raise ValueError(f"an array of {dtype} and shape {shape} does not fit in {size} bytes")
+    flat = np.frombuffer(member.read(), dtype)
+    return flat.reshape(shape, order="F" if fortran else "C").astype(dtype.newbyteorder("="))
+
+
+def _read_npz(path: str, ratio: int) -> dict[str, Array]:
+    """{name: array} of a .npz file that unpacks to at most `ratio` times its size."""
+    arrays: dict[str, Array] = {}
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > ratio * os.path.getsize(path):
+            raise ValueError("it claims to hold more than it can")
+        for info in members:
+            name, _, ending = info.filename.rpartition(".")
+            if not name or ending != "npy" or name in arrays:
+                raise ValueError(f"unexpected member {info.filename!r}")
+            with archive.open(info) as member:
+                arrays[name] = _read_npy(member, info.file_size)
+    return arrays
+
+
+def load(path: str | os.PathLike) -> Tree:
+    """The tree of arrays that `save` wrote.
+
+    ValueError (with the path) for a damaged, truncated or hostile file; no code in it is ever
+    run. FileNotFoundError where there is none.
+    """
+    path = os.fspath(path)
+    with _blaming(path):
+        return tree_unflatten(_read_npz(path, ratio=1))
+
+
+_IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+def read_idx(path: str | os.PathLike) -> Array:
+    """The array in an IDX file, the format of MNIST; packed with gzip or not.
+
+    ValueError (with the path) for a damaged or truncated file.
+    """
+    path = os.fspath(path)
+    with _blaming(path), open(path, "rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        limit = os.path.getsize(path) * (1032 if packed else 1)  # deflate packs no tighter
+        with gzip.open(raw) if packed else raw as file:
+            header = file.read(4)
+            if len(header) < 4 or header[:2] != b"\0\0" or header[2] not in _IDX_TYPES:
+                raise ValueError("it does not start as an IDX file does")
+            dtype, axes = np.dtype(_IDX_TYPES[header[2]]), header[3]
+            shape = tuple(np.frombuffer(file.read(4 * axes), ">u4").tolist())
+            size = math.prod(shape) * dtype.itemsize
+            if len(shape) != axes or size > limit:
+                raise ValueError(f"an array of shape {shape} does not fit in it")
+            data = file.read(size + 1)
+            if len(data) != size:
+                raise ValueError(
+                    f"shape {shape} needs {size} bytes, but it has {len(data)} or more"
+                )
+    return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+_PARTS = {
+    "x_train": "train-images",
+    "y_train": "train-labels",
+    "x_test": "t10k-images",
+    "y_test": "t10k-labels",
+}
+
+
+def _find_parts(path: str) -> dict[str, Array]:
+    """The four arrays of a data set, as they are in its files."""
+    if os.path.isdir(path):
+        names = sorted(os.listdir(path))
+        found = {
+            part: [name for name in names if name.startswith(start) and "idx" in name]
+            for part, start in _PARTS.items()
+        }
+        if all(found.values()):  # the first one is the one without .gz, if there are both
+            return {part: read_idx(os.path.join(path, files[0])) for part, files in found.items()}
+        archives = [name for name in names if name.endswith(".npz")]
+        if len(archives) != 1:
+            missing = [start for part, start in _PARTS.items() if not found[part]]
+            raise ValueError(
+                f"{path}: expected IDX files train-images-idx3-ubyte[.gz] and so on (missing:"
+                f" {', '.join(missing)}) or one .npz file, found {len(archives)} of these"
+            )
+        path = os.path.join(path, archives[0])
+    with _blaming(path):
+        arrays = _read_npz(path, ratio=200)
+        if not _PARTS.keys() <= arrays.keys():
+            raise ValueError(f"expected {list(_PARTS)}, found {sorted(arrays)}")
+        return {part: arrays[part] for part in _PARTS}
+
+
+def _as_images(array: Array) -> Array:
+    """(N, H, W), (N, H, W, C) or (N, C, H, W) as float32 (N, C, H, W); whole numbers over 255."""
+    if array.ndim == 3:
+        array = array[:, None]
+    if array.ndim != 4 or 0 in array.shape:
+        raise ValueError(f"images must be (N, H, W), (N, H, W, C) or (N, C, H, W): {array.shape}")
+    if array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
+        array = array.transpose(0, 3, 1, 2)
+    images = np.ascontiguousarray(array, np.float32)
+    if not np.isfinite(images).all():
+        raise ValueError("images must be finite")
+    return images if array.dtype.kind == "f" else images / np.float32(255)
+
+
+def read_dataset(path: str | os.PathLike) -> dict[str, Array]:
+    """{"x_train", "y_train", "x_test", "y_test"}: images (N, C, H, W) of float32, labels (N,).
+
+    `path`: a folder with MNIST-style IDX files (.gz or not) or with one Keras-style .npz, or
+    the .npz itself. Whole pixels of 0 ... 255 become 0 ... 1. ValueError (with the path) for
+    files that are missing, damaged or do not fit together.
+    """
+    path = os.fspath(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: there is no such file or folder")
+    parts = _find_parts(path)
+    with _blaming(path):
+        data = {name: _as_images(parts[name]) for name in ("x_train", "x_test")}
+        if data["x_train"].shape[1:] != data["x_test"].shape[1:]:
+            raise ValueError("training and test images differ in size")
+        for name in ("y_train", "y_test"):
+            labels = parts[name].reshape(-1)
+            count, classes = len(data[f"x{name[1:]}"]), int(parts["y_train"].max(initial=0)) + 1
+            _check_labels(name, labels, count, classes)
+            data[name] = labels.astype(np.int64)
+    return data
+
+
+MNIST_MIRRORS = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist",
+    "https://storage.googleapis.com/cvdf-datasets/mnist",
+    "http://yann.lecun.com/exdb/mnist",
+)
+
+_MNIST_FILES = {  # name: bytes and SHA-256 of the unpacked file; the smallest first
+    "t10k-labels-idx1-ubyte.gz": (
+        10_008,
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    ),
+    "train-labels-idx1-ubyte.gz": (
+        60_008,
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    ),
+    "t10k-images-idx3-ubyte.gz": (
+        7_840_016,
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    ),
+    "train-images-idx3-ubyte.gz": (
+        47_040_016,
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    ),
+}
+
+Progress = Callable[[str, int, int], None]  # name of the file, bytes so far, bytes in all (or 0)
+
+
+def _verify(name: str, packed: bytes) -> None:
+    """ValueError unless these are the bytes of that file of MNIST."""
+    size, digest = _MNIST_FILES[name]
+    try:
+        unpacked = zlib.decompressobj(wbits=31).decompress(packed, size + 1)
+    except zlib.error as error:
+        raise ValueError(f"{name} is damaged: {error}") from None
+    if hashlib.sha256(unpacked).hexdigest() != digest:
+        raise ValueError(f"{name} has the wrong SHA-256")
+
+
+def _fetch(mirror: str, name: str, timeout: float, progress: Progress | None = None) -> bytes:
+    """The verified bytes of one file. OSError or ValueError if that fails."""
+    import http.client
+    import urllib.request  # a fifth of the time that importing NumPy takes, and rarely needed
+
+    packed = bytearray()
+    deadline = time.monotonic() + 30 * timeout  # however slowly the bytes may trickle in
+    try:
+        with urllib.request.urlopen(f"{mirror}/{name}", timeout=timeout) as response:
+            total = int(response.headers.get("Content-Length") or 0)
+            while chunk := response.read(1 << 16):
+                packed += chunk
+                if len(packed) > _MNIST_FILES[name][0] or time.monotonic() > deadline:
+                    raise OSError(f"{mirror}: {name} is too long or comes too slowly")
+                if progress:
+                    progress(name, len(packed), total)
+    except http.client.HTTPException as error:
+        raise OSError(f"{mirror}: {name} broke off: {error!r}") from error
+    _verify(name, bytes(packed))
+    return bytes(packed)
+
+
+def _first_to_answer(mirrors: Sequence[str], patience: float) -> str:
+    """The mirror that is first to give the smallest file; OSError if none does in time.
+
+    They are all asked at once and in threads, because no time-out covers looking up a name.
+    """
+    answers: queue.SimpleQueue[tuple[str, Exception | None]] = queue.SimpleQueue()
+
+    def ask(mirror: str) -> None:
+        try:
+            _fetch(mirror, next(iter(_MNIST_FILES)), patience)
+        except Exception as error:
+            answers.put((mirror, error))
+        else:
+            answers.put((mirror, None))
+
+    for mirror in mirrors:
+        threading.Thread(target=ask, args=(mirror,), daemon=True).start()
+    deadline = time.monotonic() + patience
+    problems = []
+    with contextlib.suppress(queue.Empty):
+        for _ in mirrors:
+            mirror, error = answers.get(timeout=max(deadline - time.monotonic(), 0.001))
+            if error is None:
+                return mirror
+            problems.append(f"{mirror}: {error}")
+    problems.append(f"{len(mirrors) - len(problems)} of {len(mirrors)} mirrors did not answer")
+    raise OSError("; ".join(problems))
+
+
+def download_mnist(
+    directory: str | os.PathLike,
+    mirrors: Sequence[str] = MNIST_MIRRORS,
+    patience: float = 2.0,
+    timeout: float = 10.0,
+    progress: Progress | None = None,
+) -> None:
+    """Put the four files of MNIST into `directory`, from the first of the mirrors that has them.
+
+    What is there already and has the right SHA-256 is kept. OSError if no mirror answers within
+    `patience` seconds, or if none gives the right bytes (a mirror may be silent for `timeout`
+    seconds): then nothing half-written is left.
+    """
+    directory = os.fspath(directory)
+    first = _first_to_answer(mirrors, patience)
+    os.makedirs(directory, exist_ok=True)
+    for name in _MNIST_FILES:
+        path = os.path.join(directory, name)
+        with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+            _verify(name, file.read())
+            continue
+        problems = []
+        for mirror in (first, *(other for other in mirrors if other != first)):
+            try:
+                packed = _fetch(mirror, name, timeout, progress)
+                break
+            except (OSError, ValueError) as error:
+                problems.append(f"{mirror}: {error}")
+        else:
+            raise OSError(f"no mirror gives {name}: {'; '.join(problems)}")
+        with _replacing(path) as file:
+            file.write(packed)
