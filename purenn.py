@@ -210,7 +210,7 @@ def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
     for tree in trees:
         if not isinstance(tree, dict) or tree.keys() != trees[0].keys():
             raise ValueError(
-                f"tree_map: trees differ, one has {_names(trees[0])} where another has {_names(tree)}"
+                f"tree_map: trees differ, {_names(trees[0])} here and {_names(tree)} there"
             )
     return {name: tree_map(f, *(tree[name] for tree in trees)) for name in trees[0]}
 
@@ -821,7 +821,7 @@ def log_softmax() -> Layer:
 
 
 def dropout_forward(params: Tree, x: Array, *, rate: float) -> tuple[Array, Tree]:
-    """y = x · mask / (1 - rate), P(mask = 0) = rate, drawn from params["key"]; y = x without key."""
+    """y = x · mask / (1 - rate), mask 0 with probability rate, from params["key"]; else y = x."""
     _check_array("dropout", "x", x)
     _check_params("dropout", params)
     if "key" not in params:
@@ -1776,7 +1776,7 @@ def _cyclic(step: int, *, low: float, high: float, half_cycle: int) -> float:
 
 
 def cyclic(low: float, high: float, half_cycle: int) -> Schedule:
-    """A triangle: `low` at 0, `high` after `half_cycle` steps, `low` again after two (Smith 2017)."""
+    """A triangle: `low` at 0, `high` after `half_cycle` steps, then back to `low` (Smith 2017)."""
     low, high = _rate("cyclic", "low", low), _rate("cyclic", "high", high)
     half_cycle = _whole("cyclic", "half_cycle", half_cycle, 1)
     return partial(_cyclic, low=low, high=high, half_cycle=half_cycle)
@@ -2013,7 +2013,7 @@ def value_and_grad(net: Any, loss: Callable) -> Callable[..., tuple[float, Tree,
 
 
 def accuracy(logits: Array, labels: Array) -> float:
-    """The share of samples whose largest logit is that of their label: logits (N, K), labels (N,)."""
+    """The share of samples whose largest logit is their label's: logits (N, K), labels (N,)."""
     _check_prediction("accuracy", "logits", logits, axes=2)
     _check_labels("accuracy", labels, *logits.shape)
     return float(np.mean(logits.argmax(axis=1) == labels))
@@ -2036,7 +2036,7 @@ def batches(count: int, size: int, key: Key) -> Iterator[Array]:
 
 
 def _arc(x: float, y: float, width: float, height: float, start: float, end: float) -> Array:
-    """Points on an ellipse around (x, y) with these half axes; degrees, clockwise from the right."""
+    """Points on an ellipse around (x, y); angles in degrees, clockwise from the right."""
     angles = np.radians(np.linspace(start, end, 3 + int(abs(end - start) / 40)))
     return np.stack([x + width * np.cos(angles), y + height * np.sin(angles)], axis=1)
 
@@ -2065,14 +2065,14 @@ def _numerals() -> list[list[list[Array]]]:
         ],
         [
             [_arc(0.45, 0.28, 0.28, 0.23, 200, 450), _arc(0.45, 0.73, 0.32, 0.23, 270, 520)],
-            [_line((0.2, 0.06), (0.76, 0.06), (0.45, 0.42)), _arc(0.43, 0.68, 0.34, 0.27, 270, 510)],
+            [_line((0.2, 0.06), (0.76, 0.06), (0.45, 0.4)), _arc(0.4, 0.7, 0.34, 0.28, 270, 510)],
         ],
         [
             [_line((0.62, 0.95), (0.62, 0.05), (0.15, 0.65), (0.85, 0.65))],
             [_line((0.22, 0.05), (0.2, 0.5), (0.76, 0.5)), _line((0.74, 0.05), (0.7, 0.95))],
         ],
         [
-            [_line((0.78, 0.05), (0.3, 0.05), (0.26, 0.46)), _arc(0.47, 0.67, 0.31, 0.28, 225, 500)],
+            [_line((0.78, 0.05), (0.3, 0.05), (0.26, 0.46)), _arc(0.5, 0.7, 0.3, 0.28, 225, 500)],
             [_line((0.3, 0.08), (0.28, 0.42)), _arc(0.47, 0.67, 0.3, 0.28, 230, 510),
              _line((0.3, 0.08), (0.8, 0.05))],
         ],
