@@ -365,11 +365,11 @@ Initializer = Callable[[Any, Shape], Array]
 
 def zeros(key: Key, shape: Shape) -> Array:
     """0 everywhere."""
-    return np.zeros(shape, np.float32)
+    return np.zeros(_check_shape("zeros", shape), np.float32)
 
 
 def _constant(key: Key, shape: Shape, *, value: float) -> Array:
-    return np.full(shape, value, np.float32)
+    return np.full(_check_shape("constant", shape), value, np.float32)
 
 
 def constant(value: float) -> Initializer:
@@ -378,7 +378,8 @@ def constant(value: float) -> Initializer:
 
 
 def _normal(key: Key, shape: Shape, *, std: float) -> Array:
-    return _generator(key).standard_normal(shape, np.float32) * np.float32(std)
+    shape = _check_shape("normal", shape)
+    return np.asarray(_generator(key).standard_normal(shape, np.float32) * np.float32(std))
 
 
 def normal(std: float) -> Initializer:
@@ -387,7 +388,8 @@ def normal(std: float) -> Initializer:
 
 
 def _uniform(key: Key, shape: Shape, *, limit: float) -> Array:
-    return (_generator(key).random(shape, np.float32) * 2 - 1) * np.float32(limit)
+    shape = _check_shape("uniform", shape)
+    return np.asarray((_generator(key).random(shape, np.float32) * 2 - 1) * np.float32(limit))
 
 
 def uniform(limit: float) -> Initializer:
@@ -397,6 +399,7 @@ def uniform(limit: float) -> Initializer:
 
 def _fans(where: str, shape: Shape) -> tuple[int, int]:
     """(fan in, fan out) of a dense weight (in, out) or of a kernel (out, in, kh, kw)."""
+    shape = _check_shape(where, shape)
     if len(shape) < 2:
         raise ValueError(f"{where}: shape {shape} has no fans, expected (in, out) or a kernel's")
     if len(shape) == 2:
@@ -512,6 +515,8 @@ def linear_backward(
 def linear(out: int, init: Initializer = he_normal, bias: bool = True) -> Layer:
     """Fully connected layer with `out` units: y = x W + b. Any number of leading axes."""
     out = _whole("linear", "out", out, 1)
+    if not callable(init):
+        raise TypeError(f"linear: init must be a function (key, shape) -> array, got {_kind(init)}")
     return Layer(
         partial(linear_init, out=out, init=init, bias=bias), linear_forward, linear_backward
     )
@@ -825,23 +830,21 @@ def dropout_forward(params: Tree, x: Array, *, rate: float) -> tuple[Array, Tree
     _check_array("dropout", "x", x)
     _check_params("dropout", params)
     if "key" not in params:
-        return x, {}
-    mask = _generator(params["key"]).random(x.shape, np.float32) >= rate
-    y = x * mask
-    y *= 1 / (1 - rate)
-    return y, {"mask": mask}
+        return x, {"x": x}
+    mask = (_generator(params["key"]).random(x.shape, np.float32) >= rate).astype(x.dtype)
+    mask *= 1 / (1 - rate)
+    return x * mask, {"mask": mask}
 
 
-def dropout_backward(params: Tree, cache: Tree, dy: Array, *, rate: float) -> tuple[Array, Tree]:
+def dropout_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]:
     """dx = dy · mask / (1 - rate); dx = dy at inference."""
-    _check_array("dropout", "dy", dy)
-    if not isinstance(cache, dict):
-        raise TypeError(f"dropout: cache must be a dict, got {_kind(cache)}")
+    if not isinstance(cache, dict) or not cache.keys() & {"mask", "x"}:
+        raise ValueError(f"dropout: the cache is not its own, it holds {_names(cache)}")
     if "mask" not in cache:
-        return dy, {}
-    dx = _check_gradient("dropout", dy, cache["mask"].shape, dy.dtype) * cache["mask"]
-    dx *= 1 / (1 - rate)
-    return dx, {}
+        return identity_backward(params, cache["x"], dy)
+    mask = cache["mask"]
+    _check_array("dropout", "mask", mask)
+    return _check_gradient("dropout", dy, mask.shape, mask.dtype) * mask, {}
 
 
 def dropout(rate: float) -> Layer:
@@ -850,8 +853,7 @@ def dropout(rate: float) -> Layer:
     At inference it is the identity ("inverted" dropout; Srivastava et al. 2014).
     """
     rate = _number("dropout", "rate", rate, minimum=0, below=1)
-    forward = partial(dropout_forward, rate=rate)
-    return Layer(identity_init, forward, partial(dropout_backward, rate=rate))
+    return Layer(identity_init, partial(dropout_forward, rate=rate), dropout_backward)
 
 
 # --- normalisation ---
@@ -947,6 +949,8 @@ def update_statistics(params: Tree, cache: Tree, momentum: float = 0.1) -> Tree:
     outside [0, 1].
     """
     momentum = _number("update_statistics", "momentum", momentum, minimum=0, maximum=1)
+    if not isinstance(params, dict):
+        raise TypeError(f"update_statistics: params must be a dict, got {_kind(params)}")
     return _moved(params, cache, momentum)
 
 
@@ -1101,15 +1105,18 @@ def sequential_backward(
 ) -> tuple[Array | None, Tree]:
     """dy through every layer in reverse; grads are {name: grads} of the layers that have any."""
     _check_cache("sequential", cache, layers)
-    first = None if need_dx else next(iter(layers), None)
+    names = list(layers)
+    if not need_dx:
+        while names and names[0] not in params:
+            del names[0]  # before the first params there is nothing to compute but dx
     dx: Any = dy
     grads = {}
-    for name in reversed(layers):
+    for name in reversed(names):
         backward = layers[name].backward
-        if name == first and _takes_need_dx(backward):
+        if not need_dx and name == names[0] and _takes_need_dx(backward):
             backward = partial(backward, need_dx=False)
         dx, grads[name] = _within(name, backward, params.get(name, {}), cache[name], dx)
-    return dx, {name: grads[name] for name in layers if grads[name]}
+    return (dx if need_dx else None), {name: grads[name] for name in names if grads[name]}
 
 
 def sequential(*layers: Any, **named_layers: Any) -> Layer:
@@ -1404,11 +1411,13 @@ def _take_step(
             raise TypeError(f"{where}: {name} must be a dict, got {_kind(tree)}")
     if not {"step", "scale", *remembers} <= state.keys() <= _COMMON | remembers.keys():
         raise ValueError(f"{where}: the state is not this optimiser's, it has {_names(state)}")
+    memory = {quantity: state[quantity] for quantity in remembers}
+    if not all(isinstance(tree, dict) for tree in memory.values()):
+        raise ValueError(f"{where}: the state is damaged, {list(remembers)} must be dicts")
     step = int(state["step"])
     rate = float(lr(step) if callable(lr) else lr) * float(state["scale"])
     if not 0 <= rate < math.inf:
         raise ValueError(f"{where}: the learning rate of step {step} is {rate}")
-    memory = {name: state[name] for name in remembers}
     params, memory = _update_tree(where, params, grads, memory, partial(update, lr=rate))
     return params, {**state, **memory, "step": np.array(step + 1)}
 
@@ -1417,16 +1426,17 @@ def _update_tree(
     where: str, params: Tree, grads: Tree, memory: Tree, update: Callable, path: str = ""
 ) -> tuple[Tree, Tree]:
     params = dict(params)
-    memory = {name: dict(tree) for name, tree in memory.items()}
+    memory = {quantity: dict(tree) for quantity, tree in memory.items()}
     for name, g in grads.items():
         here = f"{path}{name}"
         if name not in params:
             raise ValueError(f"{where}: grads have an entry {here!r} that params lack")
-        try:
-            own = {quantity: tree[name] for quantity, tree in memory.items()}
-        except (KeyError, TypeError):
-            raise ValueError(f"{where}: the state lacks {here!r}, it is of other params") from None
-        if isinstance(g, dict) and isinstance(params[name], dict):
+        nested = isinstance(g, dict) and isinstance(params[name], dict)
+        own = {quantity: tree.get(name) for quantity, tree in memory.items()}
+        for quantity, value in own.items():
+            if not isinstance(value, dict if nested else np.ndarray):
+                raise ValueError(f"{where}: the state has no {quantity} of {here!r}")
+        if nested:
             params[name], own = _update_tree(where, params[name], g, own, update, f"{here}/")
         else:
             params[name], own = _update_entry(f"{where}: {here}", params[name], g, own, update)
@@ -1436,25 +1446,22 @@ def _update_tree(
 
 
 def _update_entry(where: str, p: Any, g: Any, memory: Tree, update: Callable) -> tuple[Array, Tree]:
-    """`update` for one array, checked; in the dtype of params."""
+    """`update` for one array, checked, and in the dtype of params."""
     _check_array(where, "params", p)
-    g = _check_gradient_of(where, g, p)
-    for name, value in memory.items():
-        if not isinstance(value, np.ndarray) or value.shape not in (p.shape, ()):
-            raise ValueError(f"{where}: {name} in the state does not fit, it is {_kind(value)}")
+    _check_array(where, "grads", g)
+    if g.shape != p.shape:
+        raise ValueError(f"{where}: grads have shape {g.shape}, but params {p.shape}")
+    for quantity, value in memory.items():
+        if value.shape not in (p.shape, ()):
+            raise ValueError(f"{where}: {quantity} in the state has shape {value.shape}")
+        if value.dtype != p.dtype and value.dtype.kind == "f":
+            memory = {**memory, quantity: value.astype(p.dtype)}
+    if g.dtype != p.dtype:
+        g = g.astype(p.dtype)
     if p.ndim:
         return update(p, g, **memory)
     new, memory = update(p[None], g[None], **{name: m[None] for name, m in memory.items()})
     return new[0, ...], {name: m[0, ...] for name, m in memory.items()}
-
-
-def _check_gradient_of(where: str, g: Any, p: Array) -> Array:
-    if type(g) is not np.ndarray or g.dtype != p.dtype:
-        _check_array(where, "grads", g)
-        g = g.astype(p.dtype)
-    if g.shape != p.shape:
-        raise ValueError(f"{where}: grads have shape {g.shape}, but params {p.shape}")
-    return g
 
 
 def _optimizer(
@@ -2009,6 +2016,12 @@ def value_and_grad(net: Any, loss: Callable) -> Callable[..., tuple[float, Tree,
 
     `cache` is that of the forward pass, for `update_statistics`.
     """
+    for function in (getattr(net, "forward", None), getattr(net, "backward", None), loss):
+        if not callable(function):
+            raise TypeError(
+                "value_and_grad: expected a network with forward and backward, and a loss,"
+                f" got {_kind(net)} and {_kind(loss)}"
+            )
     return partial(_value_and_grad, net=net, loss=loss)
 
 
@@ -2398,7 +2411,7 @@ def _fetch(mirror: str, name: str, timeout: float, progress: Progress | None = N
             total = int(response.headers.get("Content-Length") or 0)
             while chunk := response.read(1 << 16):
                 packed += chunk
-                if len(packed) > _MNIST_FILES[name][0] or time.monotonic() > deadline:
+                if len(packed) > _MNIST_FILES[name][0] + 1024 or time.monotonic() > deadline:
                     raise OSError(f"{mirror}: {name} is too long or comes too slowly")
                 if progress:
                     progress(name, len(packed), total)
@@ -2426,15 +2439,14 @@ def _first_to_answer(mirrors: Sequence[str], patience: float) -> str:
     for mirror in mirrors:
         threading.Thread(target=ask, args=(mirror,), daemon=True).start()
     deadline = time.monotonic() + patience
-    problems = []
+    reason: Any = "all were silent"
     with contextlib.suppress(queue.Empty):
         for _ in mirrors:
             mirror, error = answers.get(timeout=max(deadline - time.monotonic(), 0.001))
             if error is None:
                 return mirror
-            problems.append(f"{mirror}: {error}")
-    problems.append(f"{len(mirrors) - len(problems)} of {len(mirrors)} mirrors did not answer")
-    raise OSError("; ".join(problems))
+            reason = error
+    raise OSError(f"none of {len(mirrors)} mirrors answered within {patience:g} s: {reason}")
 
 
 def download_mnist(

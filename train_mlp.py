@@ -208,6 +208,9 @@ def add_network_options(parser: argparse.ArgumentParser, hidden: list[int]) -> A
         "--dropout", metavar="RATE", type=fraction, default=0.2, help="after each hidden layer"
     )
     network.add_argument(
+        "--input-dropout", metavar="RATE", type=fraction, default=0.0, help="before the first one"
+    )
+    network.add_argument(
         "--batch-norm",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -313,8 +316,8 @@ def get_data(source: str | None) -> tuple[dict[str, np.ndarray], str]:
         except (OSError, ValueError) as error:
             line.end()
             print(
-                "MNIST is not in data/mnist and cannot be downloaded, so this trains on digits"
-                f" drawn by purenn; --data DIR reads your own ({error})",
+                f"MNIST is not in {DEFAULT_FOLDER} and cannot be downloaded ({error});"
+                " training on digits drawn by purenn instead, --data DIR reads your own",
                 flush=True,
             )
             return drawn_digits(), "digits drawn by purenn"
@@ -578,6 +581,8 @@ def plot_grid(path: str, images: np.ndarray, title: str) -> None:
 def hidden_layers(options: argparse.Namespace) -> dict[str, nn.Layer]:
     """Linear, batch norm, activation and dropout for each number of --hidden, by name."""
     layers: dict[str, nn.Layer] = {}
+    if options.input_dropout:
+        layers["drop0"] = nn.dropout(options.input_dropout)
     for index, units in enumerate(options.hidden, start=1):
         layers[f"hidden{index}"] = nn.linear(
             units, INITIALISERS[options.init], bias=not options.batch_norm

@@ -1,0 +1,3091 @@
+"""Tests of purenn: every layer through one harness, everything else against its formula.
+
+HYPOTHESIS_PROFILE=wide looks further than the quick default, which draws the same cases each time.
+"""
+
+import ast
+import contextlib
+import csv
+import gzip
+import hashlib
+import http.server
+import io
+import math
+import os
+import pathlib
+import pickle
+import re
+import shlex
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+import warnings
+import zipfile
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import purenn as nn
+import train_mlp
+
+settings.register_profile(
+    "ci",
+    derandomize=True,
+    deadline=None,
+    max_examples=20,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile("wide", deadline=None, max_examples=300)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# ------------------------------------------------------------------------------------------------
+# The harness: one line a layer
+# ------------------------------------------------------------------------------------------------
+
+sizes = st.integers(1, 5)
+any_shape = st.lists(sizes, max_size=3).map(tuple)
+features = st.lists(sizes, min_size=1, max_size=3).map(tuple)
+channels = st.one_of(st.tuples(sizes), st.tuples(sizes, sizes, sizes))
+rates = st.sampled_from([0.0, 0.2, 0.5, 0.9])
+slopes = st.floats(-2, 2, allow_nan=False)
+
+
+def bottleneck(units):
+    """A residual block whose shortcut has params as well."""
+    branch = nn.sequential(nn.linear(units), nn.tanh(), nn.dropout(0.3), nn.linear(3))
+    return nn.residual(branch, nn.linear(3, bias=False))
+
+
+def network(units):
+    """Layers of all kinds, named and unnamed, nested."""
+    block = nn.sequential(nn.layer_norm(), nn.linear(units), nn.gelu(), nn.linear(units))
+    return nn.sequential(
+        nn.flatten(),
+        nn.linear(units),
+        norm=nn.batch_norm(),
+        act=nn.elu(),
+        block=nn.residual(block),
+        drop=nn.dropout(0.4),
+        out=nn.linear(2),
+    )
+
+
+LAYERS = {  # name: layers with generated options, shapes of one sample
+    "linear": (st.builds(nn.linear, sizes, bias=st.booleans()), features),
+    "identity": (st.builds(nn.identity), any_shape),
+    "flatten": (st.builds(nn.flatten), any_shape),
+    "relu": (st.builds(nn.relu), any_shape),
+    "leaky_relu": (st.builds(nn.leaky_relu, slopes), any_shape),
+    "elu": (st.builds(nn.elu, st.floats(0.1, 3)), any_shape),
+    "sigmoid": (st.builds(nn.sigmoid), any_shape),
+    "tanh": (st.builds(nn.tanh), any_shape),
+    "softplus": (st.builds(nn.softplus), any_shape),
+    "gelu": (st.builds(nn.gelu), any_shape),
+    "silu": (st.builds(nn.silu), any_shape),
+    "softmax": (st.builds(nn.softmax), features),
+    "log_softmax": (st.builds(nn.log_softmax), features),
+    "dropout": (st.builds(nn.dropout, rates), any_shape),
+    "batch_norm": (st.builds(nn.batch_norm, st.sampled_from([1e-5, 1e-2])), channels),
+    "layer_norm": (st.builds(nn.layer_norm, st.sampled_from([1e-5, 1e-2])), features),
+    "sequential": (st.builds(network, sizes), features),
+    "residual": (st.builds(bottleneck, sizes), features),
+}
+BATCH_STATISTICS = {"batch_norm", "sequential"}  # layers whose samples meet while training
+RANDOM = {"dropout", "residual", "sequential"}  # layers that draw from their key
+
+every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def with_values(params, seed):
+    """params whose entries are all random, so that no bias is 0 and no gamma 1; var > 0."""
+    flat = nn.tree_flatten(params)
+    rng = np.random.default_rng(seed)
+    for path, entry in flat.items():
+        values = rng.normal(size=entry.shape).astype(entry.dtype)
+        flat[path] = np.abs(values) + entry.dtype.type(0.5) if path.endswith("var") else values
+    return nn.tree_unflatten(flat)
+
+
+def as_dtype(tree, dtype):
+    return nn.tree_map(lambda a: a.astype(dtype) if a.dtype.kind == "f" else a, tree)
+
+
+@st.composite
+def cases(draw, name, dtypes=(np.float32, np.float64), least=1, modes=(False, True)):
+    """(layer, params, x, shape of y): of one layer, in one dtype, training or not."""
+    layers, shapes = LAYERS[name]
+    layer, shape, seed = draw(layers), draw(shapes), draw(st.integers(0, 10**6))
+    dtype, in_training = np.dtype(draw(st.sampled_from(dtypes))), draw(st.sampled_from(modes))
+    batch = draw(st.integers(max(least, 2 if name in BATCH_STATISTICS else 1), 5))
+    params, out = layer.init(seed, shape)
+    params = as_dtype(with_values(params, seed), dtype)
+    x = np.random.default_rng(seed).normal(size=(batch, *shape))
+    x = (x + 0.01 * np.sign(x)).astype(dtype)  # away from the kinks at 0
+    return layer, nn.training(params, seed) if in_training else params, x, (batch, *out)
+
+
+def in_order(x, order):
+    """The same values in another memory order."""
+    if order == "batch last":
+        return np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 0, -1)), -1, 0)
+    if order == "reversed":
+        return x[::-1].copy()[::-1]
+    if order == "strided":
+        wide = np.zeros((*x.shape, 2), x.dtype)
+        wide[..., 0] = x
+        return wide[..., 0]
+    return np.asarray(x, order=order)
+
+
+def frozen(tree):
+    """A copy of a tree whose arrays cannot be written to."""
+
+    def freeze(leaf):
+        if not isinstance(leaf, np.ndarray):
+            return leaf
+        leaf = leaf.copy(order="K")
+        leaf.flags.writeable = False
+        return leaf
+
+    return nn.tree_map(freeze, tree)
+
+
+def all_bytes(*trees):
+    """Every bit of some trees, to be compared."""
+    return [
+        (path, leaf.dtype, leaf.shape, leaf.tobytes())
+        for index, tree in enumerate(trees)
+        for path, leaf in sorted(nn.tree_flatten({str(index): tree}).items())
+    ]
+
+
+def upstream(y, seed=7):
+    """A random gradient for y."""
+    return np.random.default_rng(seed).normal(size=y.shape).astype(y.dtype)
+
+
+def numeric_gradient(function, array, step=1e-5):
+    """Central differences of a scalar function for every entry of an array."""
+    gradient = np.zeros(array.shape)
+    for index in np.ndindex(array.shape):
+        higher, lower = array.copy(), array.copy()
+        higher[index] += step
+        lower[index] -= step
+        gradient[index] = (function(higher) - function(lower)) / (2 * step)
+    return gradient
+
+
+@every_layer
+@given(data=st.data())
+def test_output_has_the_shape_that_init_said_and_the_dtype_of_x(name, data):
+    layer, params, x, shape = data.draw(cases(name))
+    y, cache = layer.forward(params, x)
+    dx, grads = layer.backward(params, cache, upstream(y))
+    assert (y.shape, y.dtype) == (shape, x.dtype)
+    assert (dx.shape, dx.dtype) == (x.shape, x.dtype)
+    flat = nn.tree_flatten(params)
+    for path, g in nn.tree_flatten(grads).items():
+        assert (g.shape, g.dtype) == (flat[path].shape, x.dtype)
+
+
+@every_layer
+@given(data=st.data())
+def test_grads_hold_exactly_the_trained_entries(name, data):
+    layer, params, x, _ = data.draw(cases(name))
+    y, cache = layer.forward(params, x)
+    grads = layer.backward(params, cache, upstream(y))[1]
+    untrained = ("mean", "var", "key")
+    trained = [path for path in nn.tree_flatten(params) if path.split("/")[-1] not in untrained]
+    assert list(nn.tree_flatten(grads)) == trained
+
+
+@every_layer
+@given(data=st.data())
+def test_float32_params_do_not_change_the_dtype_of_x(name, data):
+    layer, params, x, _ = data.draw(cases(name, dtypes=[np.float64]))
+    y, cache = layer.forward(as_dtype(params, np.float32), x)
+    dx, _ = layer.backward(as_dtype(params, np.float32), cache, upstream(y).astype(np.float32))
+    assert y.dtype == dx.dtype == np.float64
+    y, cache = layer.forward(params, x.astype(np.float32))
+    dx, _ = layer.backward(params, cache, upstream(y).astype(np.float64))
+    assert y.dtype == dx.dtype == np.float32
+
+
+@every_layer
+@settings(max_examples=12)
+@given(data=st.data())
+def test_gradients_are_those_of_central_differences(name, data):
+    layer, params, x, _ = data.draw(cases(name, dtypes=[np.float64]))
+    y, cache = layer.forward(params, x)
+    r = upstream(y)
+    dx, grads = layer.backward(params, cache, r)
+    numeric = numeric_gradient(lambda x: (layer.forward(params, x)[0] * r).sum(), x)
+    np.testing.assert_allclose(dx, numeric, rtol=1e-5, atol=1e-6 * max(1, np.abs(numeric).max()))
+    flat = nn.tree_flatten(params)
+    for path, g in nn.tree_flatten(grads).items():
+
+        def loss(entry, path=path):
+            moved = nn.tree_unflatten({**flat, path: entry})
+            return (layer.forward(moved, x)[0] * r).sum()
+
+        numeric = numeric_gradient(loss, flat[path])
+        np.testing.assert_allclose(g, numeric, rtol=1e-5, atol=1e-6 * max(1, np.abs(numeric).max()))
+
+
+@every_layer
+@settings(max_examples=8)
+@given(data=st.data())
+def test_check_gradients_agrees(name, data):
+    layer, params, x, _ = data.draw(cases(name))
+    nn.check_gradients(layer, params, x, rtol=1e-4)
+
+
+@every_layer
+@given(data=st.data())
+def test_nothing_is_written_to_and_the_same_call_gives_the_same_bits(name, data):
+    layer, params, x, _ = data.draw(cases(name))
+    params, x = frozen(params), frozen({"x": x})["x"]
+    before = all_bytes(params, x)
+    y, cache = layer.forward(params, x)
+    dy = frozen({"dy": upstream(y)})["dy"]
+    cache = frozen({"cache": cache})["cache"]
+    seen = all_bytes(cache)
+    dx, grads = layer.backward(params, cache, dy)
+    again, cache_again = layer.forward(params, x)
+    assert all_bytes(again, cache_again) == all_bytes(y, cache)
+    assert all_bytes(*layer.backward(params, cache, dy)) == all_bytes(dx, grads)
+    assert all_bytes(params, x) == before
+    assert all_bytes(cache) == seen
+
+
+@every_layer
+@given(data=st.data(), order=st.sampled_from(["F", "batch last", "reversed", "strided"]))
+def test_memory_order_is_irrelevant(name, data, order):
+    layer, params, x, _ = data.draw(cases(name))
+    y, cache = layer.forward(params, x)
+    dx, grads = layer.backward(params, cache, upstream(y))
+    moved = nn.tree_map(
+        lambda a: in_order(a, order) if a.ndim and a.dtype.kind == "f" else a, params
+    )
+    y2, cache2 = layer.forward(moved, in_order(x, order))
+    dx2, grads2 = layer.backward(moved, cache2, in_order(upstream(y), order))
+    tolerance = 1e-4 if x.dtype == np.float32 else 1e-10
+    same = partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
+    same(y2, y)
+    same(dx2, dx)
+    nn.tree_map(same, grads2, grads)
+
+
+@every_layer
+@given(data=st.data())
+def test_a_layer_survives_pickling(name, data):
+    layer, params, x, _ = data.draw(cases(name))
+    copy = pickle.loads(pickle.dumps(layer))
+    y, cache = layer.forward(params, x)
+    assert all_bytes(*copy.forward(params, x)) == all_bytes(y, cache)
+    dy = upstream(y)
+    assert all_bytes(*copy.backward(params, cache, dy)) == all_bytes(
+        *layer.backward(params, cache, dy)
+    )
+    assert all_bytes(copy.init(3, x.shape[1:])[0]) == all_bytes(layer.init(3, x.shape[1:])[0])
+
+
+@every_layer
+@given(data=st.data())
+def test_the_gradient_of_a_batch_is_the_sum_over_its_parts(name, data):
+    layer, params, x, _ = data.draw(cases(name, dtypes=[np.float64], least=2, modes=[False]))
+    y, cache = layer.forward(params, x)
+    dy = upstream(y)
+    dx, grads = layer.backward(params, cache, dy)
+    parts = []
+    for part in (slice(0, 1), slice(1, None)):
+        y_part, cache = layer.forward(params, x[part])
+        np.testing.assert_allclose(y_part, y[part], rtol=1e-10, atol=1e-12)
+        parts.append(layer.backward(params, cache, dy[part]))
+    np.testing.assert_allclose(np.concatenate([p[0] for p in parts]), dx, rtol=1e-9, atol=1e-11)
+    total = nn.tree_add(*(p[1] for p in parts))
+    nn.tree_map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), total, grads)
+
+
+@every_layer
+@given(data=st.data())
+def test_init_is_pure_and_float32_and_depends_on_its_key(name, data):
+    layers, shapes = LAYERS[name]
+    layer, shape = data.draw(layers), data.draw(shapes)
+    params, out = layer.init((1, 2), shape)
+    assert all_bytes(layer.init((1, 2), list(shape))[0]) == all_bytes(params)
+    assert all(leaf.dtype == np.float32 for leaf in nn.tree_flatten(params).values())
+    assert isinstance(out, tuple)
+    other = nn.tree_flatten(layer.init((2, 1), shape)[0])
+    for path, leaf in nn.tree_flatten(params).items():
+        if leaf.ndim == 2:
+            assert not np.array_equal(leaf, other[path])
+
+
+@every_layer
+@given(data=st.data())
+def test_an_empty_batch_passes_at_inference(name, data):
+    layer, params, x, shape = data.draw(cases(name, modes=[False]))
+    y, cache = layer.forward(params, x[:0])
+    dx, grads = layer.backward(params, cache, y)
+    assert y.shape == (0, *shape[1:])
+    assert dx.shape == x[:0].shape
+    assert all(not leaf.any() for leaf in nn.tree_flatten(grads).values())
+
+
+NOT_ARRAYS = [[[1.0, 2.0]], None, 1.0, "x", np.ma.masked_array([[1.0]]), np.float32(1)]
+NOT_FLOATS = [
+    np.ones((2, 2), dtype) for dtype in (np.int64, np.uint8, bool, np.float16, object, complex)
+]
+
+
+@every_layer
+@given(data=st.data())
+def test_bad_input_is_refused_by_name(name, data):
+    layer, params, x, _ = data.draw(cases(name))
+    y, cache = layer.forward(params, x)
+    words = (
+        "linear|flatten|norm|residual|sequential" if name in ("sequential", "residual") else name
+    )
+    for bad in (*NOT_ARRAYS, *NOT_FLOATS):
+        with pytest.raises(TypeError, match=words):
+            layer.forward(params, bad)
+    for bad in (None, [1], np.ones(2)):
+        with pytest.raises(TypeError, match=f"{name}.*params must be a dict"):
+            layer.forward(bad, x)
+    with pytest.raises(ValueError, match=f"{name}: params have unknown entries \\['other'\\]"):
+        layer.forward({**params, "other": x}, x)
+    for bad in (None, [y], y.astype(int)):
+        with pytest.raises(TypeError, match="must be"):
+            layer.backward(params, cache, bad)
+    with pytest.raises(ValueError, match=r"dy has shape \(.*\), but y has \("):
+        layer.backward(params, cache, np.zeros((*y.shape, 2), y.dtype))
+    for entry in set(params) - {"key", "b"}:
+        rest = {other: value for other, value in params.items() if other != entry}
+        with pytest.raises(ValueError, match=f"no entry '{entry}'|no entry '(W|gamma)'"):
+            layer.forward(rest, x)
+    for bad in (3, None, "shape"):
+        with pytest.raises(TypeError, match="shape must be a tuple"):
+            layer.init(0, bad)
+    for bad in ((0,), (-1, 3)):
+        with pytest.raises((TypeError, ValueError), match="size in shape|axes"):
+            layer.init(0, bad)
+    with pytest.raises(TypeError, match="size in shape must be a whole number"):
+        layer.init(0, (2.5,))
+
+
+def test_batch_axis_is_asked_for():
+    params, _ = nn.linear(3).init(0, (4,))
+    with pytest.raises(ValueError, match=r"linear: x must be \(N, ..., in\), got shape \(4,\)"):
+        nn.linear(3).forward(params, np.ones(4))
+    for layer in (nn.softmax(), nn.log_softmax()):
+        with pytest.raises(ValueError, match=r"x must be \(N, ..., classes\), got shape \(4,\)"):
+            layer.forward({}, np.ones(4))
+        with pytest.raises(ValueError, match=r"no axis of classes"):
+            layer.init(0, ())
+    with pytest.raises(ValueError, match=r"layer_norm: x must be \(N, ..., C\)"):
+        nn.layer_norm().forward({}, np.ones(4))
+    with pytest.raises(ValueError, match=r"flatten: x must be \(N, ...\)"):
+        nn.flatten().forward({}, np.ones(()))
+    for layer in (nn.linear(3), nn.layer_norm()):
+        with pytest.raises(ValueError, match=r"shape \(\) has no axis of features"):
+            layer.init(0, ())
+    for shape in ((), (2, 2), (1, 2, 3, 4)):
+        with pytest.raises(ValueError, match="batch_norm: shape .* axes, expected 1 or 3"):
+            nn.batch_norm().init(0, shape)
+
+
+# ------------------------------------------------------------------------------------------------
+# Layers against their formulas
+# ------------------------------------------------------------------------------------------------
+
+FORMULAS = {
+    "identity": (nn.identity(), lambda x: x),
+    "relu": (nn.relu(), lambda x: max(x, 0.0)),
+    "leaky_relu": (nn.leaky_relu(), lambda x: x if x > 0 else 0.01 * x),
+    "leaky_relu(0.3)": (nn.leaky_relu(0.3), lambda x: x if x > 0 else 0.3 * x),
+    "elu": (nn.elu(), lambda x: x if x > 0 else math.exp(x) - 1),
+    "elu(2)": (nn.elu(2), lambda x: x if x > 0 else 2 * (math.exp(x) - 1)),
+    "sigmoid": (nn.sigmoid(), lambda x: 1 / (1 + math.exp(-x))),
+    "tanh": (nn.tanh(), math.tanh),
+    "softplus": (nn.softplus(), lambda x: math.log(1 + math.exp(x))),
+    "gelu": (
+        nn.gelu(),
+        lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    ),
+    "silu": (nn.silu(), lambda x: x / (1 + math.exp(-x))),
+}
+LIMITS = {  # y at -10,000 and at 10,000, and the slopes there
+    "identity": (-1e4, 1e4, 1, 1),
+    "relu": (0, 1e4, 0, 1),
+    "leaky_relu": (-1e2, 1e4, 0.01, 1),
+    "leaky_relu(0.3)": (-3e3, 1e4, 0.3, 1),
+    "elu": (-1, 1e4, 0, 1),
+    "elu(2)": (-2, 1e4, 0, 1),
+    "sigmoid": (0, 1, 0, 0),
+    "tanh": (-1, 1, 0, 0),
+    "softplus": (0, 1e4, 0, 1),
+    "gelu": (0, 1e4, 0, 1),
+    "silu": (0, 1e4, 0, 1),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@given(x=st.lists(st.floats(-20, 20), min_size=1, max_size=6))
+def test_activations_are_their_formulas(name, x):
+    layer, formula = FORMULAS[name]
+    y, _ = layer.forward({}, np.array(x))
+    np.testing.assert_allclose(y, [formula(value) for value in x], rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", LIMITS)
+def test_activations_are_right_at_large_inputs_without_a_warning(name, dtype):
+    layer, _ = FORMULAS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y, cache = layer.forward({}, np.array([-1e4, 1e4], dtype))
+        dx, _ = layer.backward({}, cache, np.ones(2, dtype))
+        y_huge, cache = layer.forward({}, np.array([-1e30, 1e30], dtype))
+        dx_huge, _ = layer.backward({}, cache, np.ones(2, dtype))
+    np.testing.assert_allclose([*y, *dx], LIMITS[name], rtol=1e-6)
+    np.testing.assert_allclose(dx_huge, LIMITS[name][2:], rtol=1e-6)
+    assert np.isfinite(y_huge).all()
+
+
+def test_slopes_at_a_kink_are_those_of_the_left():
+    zero = np.zeros((1, 1))
+    for layer, slope in ((nn.relu(), 0), (nn.leaky_relu(0.3), 0.3), (nn.elu(2), 2)):
+        _, cache = layer.forward({}, zero)
+        assert layer.backward({}, cache, np.ones((1, 1)))[0] == slope
+
+
+@given(
+    x=st.lists(st.floats(-30, 30), min_size=1, max_size=6),
+    shift=st.sampled_from([0.0, 1e4, -1e4]),
+)
+def test_softmaxes_are_their_formulas_wherever_the_logits_lie(x, shift):
+    total = math.fsum(math.exp(value - max(x)) for value in x)
+    expected = [math.exp(value - max(x)) / total for value in x]
+    logits = np.array([x]) + shift
+    y, _ = nn.softmax().forward({}, logits)
+    np.testing.assert_allclose(y[0], expected, rtol=1e-9)
+    y, _ = nn.log_softmax().forward({}, logits)
+    np.testing.assert_allclose(y[0], np.log(expected), rtol=1e-9, atol=1e-9)
+
+
+def test_softmaxes_at_large_logits_give_no_warning():
+    logits = np.array([[1e4, -1e4, 0]], np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for layer, expected in ((nn.softmax(), [1, 0, 0]), (nn.log_softmax(), [0, -2e4, -1e4])):
+            y, cache = layer.forward({}, logits)
+            dx, _ = layer.backward({}, cache, np.ones((1, 3), np.float32))
+            np.testing.assert_array_equal(y, [expected])
+            assert np.isfinite(dx).all()
+
+
+@given(data=st.data())
+def test_linear_is_a_sum_over_features(data):
+    layer, params, x, _ = data.draw(cases("linear", dtypes=[np.float64]))
+    y, _ = layer.forward(params, x)
+    expected = np.zeros(y.shape)
+    for index in np.ndindex(y.shape):
+        *sample, unit = index
+        for feature in range(x.shape[-1]):
+            expected[index] += x[(*sample, feature)] * params["W"][feature, unit]
+        expected[index] += params["b"][unit] if "b" in params else 0
+    np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_linear_starts_with_its_initialiser_and_no_bias():
+    params, shape = nn.linear(3, nn.constant(2.5)).init(0, (7, 4))
+    assert shape == (7, 3)
+    np.testing.assert_array_equal(params["W"], np.full((4, 3), 2.5))
+    np.testing.assert_array_equal(params["b"], np.zeros(3))
+    assert list(nn.linear(3, bias=False).init(0, (4,))[0]) == ["W"]
+    default = nn.linear(3).init(5, (4,))[0]["W"]
+    np.testing.assert_array_equal(default, nn.he_normal(nn.fold_key(5, 0), (4, 3)))
+
+
+def test_linear_says_what_does_not_fit():
+    params, _ = nn.linear(10).init(0, (784,))
+    with pytest.raises(ValueError, match="^linear: x has 100 features, but W takes 784$"):
+        nn.linear_forward(params, np.ones((2, 100)))
+    with pytest.raises(ValueError, match=r"b must have shape \(10,\), got \(3,\)"):
+        nn.linear_forward({**params, "b": np.ones(3)}, np.ones((2, 784)))
+    with pytest.raises(ValueError, match=r"W must be \(in, out\), got shape \(10,\)"):
+        nn.linear_forward({"W": np.ones(10)}, np.ones((2, 10)))
+
+
+@given(shape=any_shape, batch=st.integers(0, 4))
+def test_flatten_keeps_c_order(shape, batch):
+    x = np.arange(batch * math.prod(shape), dtype=np.float64).reshape(batch, *shape)
+    y, cache = nn.flatten().forward({}, np.asfortranarray(x))
+    np.testing.assert_array_equal(y, np.arange(x.size).reshape(batch, math.prod(shape)))
+    dx, grads = nn.flatten().backward({}, cache, 2 * y)
+    np.testing.assert_array_equal(dx, 2 * x)
+    assert grads == {}
+
+
+# --- dropout ---
+
+
+def test_dropout_at_inference_is_the_identity():
+    x = np.ones((3, 4), np.float32)
+    y, cache = nn.dropout(0.9).forward({}, x)
+    np.testing.assert_array_equal(y, x)
+    np.testing.assert_array_equal(nn.dropout(0.9).backward({}, cache, 3 * x)[0], 3 * x)
+
+
+@given(rate=st.sampled_from([0.0, 0.1, 0.5, 0.75]), seed=st.integers(0, 10**6))
+def test_dropout_drops_its_share_and_scales_the_rest(rate, seed):
+    x = np.full((100, 100), 3.0)
+    y, cache = nn.dropout(rate).forward(nn.training({}, seed), x)
+    kept = y != 0
+    np.testing.assert_allclose(y[kept], 3 / (1 - rate))
+    assert abs(kept.mean() - (1 - rate)) <= 5 * math.sqrt(rate * (1 - rate) / x.size)
+    dx, _ = nn.dropout(rate).backward({}, cache, 2 * x)
+    np.testing.assert_allclose(dx, np.where(kept, 6 / (1 - rate), 0))
+
+
+def test_dropout_draws_its_mask_from_its_key_alone():
+    layer, x = nn.dropout(0.5), np.ones((20, 20))
+
+    def mask(key, x=x):
+        return layer.forward(nn.training({}, key), x)[0] != 0
+
+    np.testing.assert_array_equal(mask((1, 2)), mask((1, 2)))
+    np.testing.assert_array_equal(mask(3), mask(3, x.astype(np.float32)))
+    np.testing.assert_array_equal(mask(3), mask(3, np.asfortranarray(x)))
+    assert not np.array_equal(mask((1, 2)), mask((2, 1)))
+
+
+def test_two_dropouts_in_a_network_have_different_masks():
+    x = np.ones((20, 20))
+    nested = nn.sequential(
+        nn.dropout(0.5), inner=nn.sequential(nn.dropout(0.5)), last=nn.dropout(0.5)
+    )
+    _, cache = nested.forward(nn.training({}, 0), x)
+    masks = [cache["0"]["mask"], cache["inner"]["0"]["mask"], cache["last"]["mask"]]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert not np.array_equal(masks[one], masks[other])
+    _, cache = nn.residual(nn.dropout(0.5), nn.dropout(0.5)).forward(nn.training({}, 0), x)
+    assert not np.array_equal(cache["branch"]["mask"], cache["shortcut"]["mask"])
+
+
+# --- normalisation ---
+
+
+@given(data=st.data())
+def test_batch_norm_is_its_formula(data):
+    layer, params, x, _ = data.draw(cases("batch_norm", dtypes=[np.float64]))
+    eps = layer.forward.keywords["eps"]
+    y, cache = layer.forward(params, x)
+    for channel in range(x.shape[1]):
+        values = x[:, channel]
+        gamma, beta = params["gamma"][channel], params["beta"][channel]
+        mean, var = params["mean"][channel], params["var"][channel]
+        if "key" in params:
+            mean, var = values.mean(), values.var()
+        expected = gamma * (values - mean) / math.sqrt(var + eps) + beta
+        np.testing.assert_allclose(y[:, channel], expected, rtol=1e-9, atol=1e-12)
+    moved = nn.update_statistics(params, cache, momentum=0.3)
+    others = [entry for entry in params if entry not in ("mean", "var")]
+    assert all(moved[entry] is params[entry] for entry in others)
+    axes = (0, 2, 3)[: x.ndim - 1]
+    batch = {"mean": x.mean(axis=axes), "var": x.var(axis=axes, ddof=1)}
+    for entry, value in batch.items():
+        expected = 0.7 * params[entry] + 0.3 * value if "key" in params else params[entry]
+        np.testing.assert_allclose(moved[entry], expected, rtol=1e-9)
+        assert moved[entry].dtype == params[entry].dtype
+
+
+def test_batch_norm_starts_as_the_identity_almost():
+    params, shape = nn.batch_norm().init(0, (3, 2, 2))
+    assert shape == (3, 2, 2)
+    x = np.random.default_rng(0).normal(size=(4, 3, 2, 2))
+    np.testing.assert_allclose(nn.batch_norm().forward(params, x)[0], x / math.sqrt(1 + 1e-5))
+    assert list(params) == ["gamma", "beta", "mean", "var"]
+
+
+def test_batch_norm_refuses_what_has_no_variance_or_does_not_fit():
+    layer = nn.batch_norm()
+    params, _ = layer.init(0, (3,))
+    with pytest.raises(ValueError, match="batch_norm: training needs 2 values per channel, got 1"):
+        layer.forward(nn.training(params, 0), np.ones((1, 3)))
+    with pytest.raises(ValueError, match="batch_norm: training needs 2 values per channel, got 0"):
+        layer.forward(nn.training(params, 0), np.ones((0, 3)))
+    assert layer.forward(nn.training(params, 0), np.ones((1, 3, 1, 2)))[0].shape == (1, 3, 1, 2)
+    for shape in ((4,), (2, 3, 4), (2, 3, 4, 5, 6)):
+        with pytest.raises(ValueError, match=r"x must be \(N, C\) or \(N, C, H, W\), got shape"):
+            layer.forward(params, np.ones(shape))
+    for entry in params:
+        with pytest.raises(ValueError, match=rf"x has 3 channels, but {entry} is \(4,\)"):
+            layer.forward({**params, entry: np.ones(4)}, np.ones((2, 3)))
+
+
+@given(data=st.data())
+def test_layer_norm_is_its_formula(data):
+    layer, params, x, _ = data.draw(cases("layer_norm", dtypes=[np.float64]))
+    y, _ = layer.forward(params, x)
+    eps = layer.forward.keywords["eps"]
+    for index in np.ndindex(x.shape[:-1]):
+        values = x[index]
+        expected = (values - values.mean()) / math.sqrt(values.var() + eps)
+        np.testing.assert_allclose(y[index], expected * params["gamma"] + params["beta"], rtol=1e-9)
+
+
+def test_layer_norm_refuses_what_does_not_fit():
+    params, _ = nn.layer_norm().init(0, (3,))
+    for entry in params:
+        with pytest.raises(ValueError, match="layer_norm: x has 3 features"):
+            nn.layer_norm().forward({**params, entry: np.ones(4)}, np.ones((2, 3)))
+
+
+def test_update_statistics_reaches_every_depth_and_leaves_the_rest():
+    net = nn.sequential(
+        nn.linear(3),
+        block=nn.residual(nn.sequential(nn.batch_norm())),
+        statistics=nn.relu(),
+        mean=nn.linear(3),
+    )
+    params, _ = net.init(0, (2,))
+    x = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
+    _, cache = net.forward(nn.training(params, 0), x)
+    moved = nn.update_statistics(params, cache)
+    before, after = nn.tree_flatten(params), nn.tree_flatten(moved)
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert changed == {"block/branch/0/mean", "block/branch/0/var"}
+    assert list(after) == list(before)
+    hidden = nn.linear(3).forward(params["0"], x)[0]
+    np.testing.assert_allclose(
+        moved["block"]["branch"]["0"]["mean"], 0.1 * hidden.mean(axis=0), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        moved["block"]["branch"]["0"]["var"], 0.9 + 0.1 * hidden.var(axis=0, ddof=1), rtol=1e-5
+    )
+    with pytest.raises(ValueError, match="update_statistics: mean is"):
+        nn.update_statistics({"mean": np.ones(2)}, {"statistics": {"mean": np.ones(3)}})
+
+
+# --- combinators ---
+
+
+def test_sequential_names_layers_by_position_and_leaves_out_those_without_params():
+    net = nn.sequential(nn.flatten(), nn.linear(4), nn.relu(), out=nn.linear(2))
+    params, shape = net.init(0, (2, 3))
+    assert shape == (2,)
+    assert list(params) == ["1", "out"]
+    assert params["1"]["W"].shape == (6, 4)
+    y, cache = net.forward(params, np.ones((5, 2, 3), np.float32))
+    assert list(cache) == ["0", "1", "2", "out"]
+    _, grads = net.backward(params, cache, y)
+    assert list(grads) == ["1", "out"]
+
+
+@given(data=st.data())
+def test_sequential_is_its_layers_one_after_the_other(data):
+    shape = data.draw(features)
+    one, two = nn.linear(data.draw(sizes)), nn.layer_norm()
+    net = nn.sequential(one, nn.tanh(), two=two)
+    params, _ = net.init(3, shape)
+    x = np.random.default_rng(0).normal(size=(2, *shape))
+    y, cache = net.forward(params, x)
+    hidden, cache1 = one.forward(params["0"], x)
+    active, cache2 = nn.tanh().forward({}, hidden)
+    expected, cache3 = two.forward(params["two"], active)
+    assert all_bytes(y, cache) == all_bytes(expected, {"0": cache1, "1": cache2, "two": cache3})
+    dy = upstream(y)
+    d_active, g3 = two.backward(params["two"], cache3, dy)
+    d_hidden, _ = nn.tanh().backward({}, cache2, d_active)
+    dx, g1 = one.backward(params["0"], cache1, d_hidden)
+    assert all_bytes(*net.backward(params, cache, dy)) == all_bytes(dx, {"0": g1, "two": g3})
+    first, second = (nn.fold_key(3, index) for index in (0, 2))
+    assert all_bytes(params["0"]) == all_bytes(one.init(first, shape)[0])
+    assert all_bytes(params["two"]) == all_bytes(two.init(second, active.shape[1:])[0])
+
+
+@given(data=st.data())
+def test_leaving_out_dx_leaves_the_grads_as_they_are(data):
+    body = nn.sequential(nn.linear(data.draw(sizes)), nn.tanh(), nn.linear(2))
+    start = data.draw(st.sampled_from([[], [nn.flatten()], [nn.dropout(0.5), nn.flatten()]]))
+    end = data.draw(st.sampled_from([{}, {"out": nn.linear(3)}, {"block": nn.residual(body)}]))
+    net = nn.sequential(*start, body=body, **end)
+    params, _ = net.init(0, (4,))
+    x = np.random.default_rng(0).normal(size=(3, 4))
+    y, cache = net.forward(nn.training(params, 1), x)
+    dx, grads = net.backward(params, cache, y)
+    assert dx.shape == x.shape
+    nothing, same = net.backward(params, cache, y, need_dx=False)
+    assert nothing is None
+    assert all_bytes(same) == all_bytes(grads)
+
+
+def test_leaving_out_dx_saves_the_work(monkeypatch):
+    asked = []
+
+    def backward(params, cache, dy, *, need_dx=True):
+        asked.append(need_dx)
+        return (dy if need_dx else None), {"w": np.ones(1)}
+
+    layer = nn.Layer(lambda key, shape: ({"w": np.ones(1)}, shape), None, backward)
+    object_layer = layer._replace(forward=lambda params, x: (x, x))
+    net = nn.sequential(nn.relu(), a=object_layer, b=object_layer)
+    params, _ = net.init(0, (2,))
+    _, cache = net.forward(params, np.ones((1, 2)))
+    cache["0"] = "never looked at"
+    net.backward(params, cache, np.ones((1, 2)), need_dx=False)
+    assert asked == [True, False]
+    assert nn.sequential(nn.relu()).backward({}, {"0": None}, np.ones(1), need_dx=False) == (
+        None,
+        {},
+    )
+
+
+def test_an_empty_sequential_is_the_identity():
+    net, x = nn.sequential(), np.ones((2, 3))
+    assert net.init(0, (3,)) == ({}, (3,))
+    y, cache = net.forward({}, x)
+    assert y is x
+    assert net.backward({}, cache, x)[0] is x
+
+
+def test_errors_say_in_which_layer():
+    inner = nn.sequential(nn.flatten(), wide=nn.linear(3))
+    net = nn.sequential(body=nn.residual(inner, nn.linear(3)), out=nn.linear(2))
+    params, _ = net.init(0, (4,))
+    with pytest.raises(ValueError, match="^body: branch: wide: linear: x has 5 features"):
+        net.forward(params, np.ones((2, 5)))
+    y, cache = net.forward(params, np.ones((2, 4)))
+    with pytest.raises(ValueError, match=r"^out: linear: dy has shape \(2, 9\)"):
+        net.backward(params, cache, np.ones((2, 9)))
+    with pytest.raises(ValueError, match="^out: linear: there is no entry 'W' in"):
+        net.forward({"body": params["body"]}, np.ones((2, 4)))
+    with pytest.raises(
+        TypeError, match="sequential: params\\['out'\\] must be a dict, got ndarray"
+    ):
+        net.forward(nn.training({**params, "out": y}, 0), np.ones((2, 4)))
+    with pytest.raises(TypeError, match="^out: linear: params must be a dict"):
+        net.forward({**params, "out": y}, np.ones((2, 4)))
+    with pytest.raises(ValueError, match="^norm: batch_norm: shape"):
+        nn.sequential(nn.identity(), norm=nn.batch_norm()).init(0, (2, 3))
+    for bad in ({}, None, {**cache, "more": 1}):
+        with pytest.raises(ValueError, match="sequential: cache has"):
+            net.backward(params, bad, y)
+        with pytest.raises(ValueError, match="residual: cache has"):
+            nn.residual(nn.relu()).backward({}, bad, y)
+
+
+def test_other_errors_of_a_layer_pass_as_they_are():
+    def forward(params, x):
+        raise UnicodeDecodeError("utf-8", b"x", 0, 1, "a ValueError that takes five arguments")
+
+    layer = nn.Layer(nn.identity_init, forward, nn.identity_backward)
+    with pytest.raises(UnicodeDecodeError):
+        nn.sequential(layer).forward({}, np.ones((1, 1)))
+
+
+def test_residual_adds_and_refuses_what_cannot_be_added():
+    net = nn.residual(nn.linear(3), nn.linear(3, bias=False))
+    params, shape = net.init(0, (4,))
+    assert (list(params), shape) == (["branch", "shortcut"], (3,))
+    x = np.random.default_rng(0).normal(size=(2, 4))
+    expected = x @ params["branch"]["W"] + params["branch"]["b"] + x @ params["shortcut"]["W"]
+    np.testing.assert_allclose(net.forward(params, x)[0], expected)
+    assert not np.array_equal(params["branch"]["W"], params["shortcut"]["W"])
+    with pytest.raises(
+        ValueError, match=r"residual: the branch gives \(3,\), but the shortcut \(4,\)"
+    ):
+        nn.residual(nn.linear(3)).init(0, (4,))
+    with pytest.raises(ValueError, match=r"residual: the branch gives \(2, 1\), but the shortcut"):
+        nn.residual(nn.linear(1)).forward({"branch": {"W": np.ones((4, 1))}}, x)
+    assert nn.residual(nn.relu()).init(0, (4,)) == ({}, (4,))
+
+
+# ------------------------------------------------------------------------------------------------
+# Keys and initialisers
+# ------------------------------------------------------------------------------------------------
+
+KEYS = [0, 1, 2, (0, 0), (1, 0), (0, 1), (1, 0, 0), (1, 1), 2**32, (0, 2**32), 2**70, (2**32, 1)]
+
+
+def test_different_keys_give_different_numbers():
+    draws = [nn.uniform(1.0)(key, (4,)).tobytes() for key in KEYS]
+    draws += [
+        nn.uniform(1.0)(nn.fold_key(key, index), (4,)).tobytes() for key in KEYS for index in (0, 1)
+    ]
+    deeper = nn.fold_key(nn.fold_key(1, 0), 0)
+    assert len({*draws, nn.uniform(1.0)(deeper, (4,)).tobytes()}) == 3 * len(KEYS) + 1
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_is_the_same_in_all_its_forms(key):
+    folded = nn.training({}, key)["key"]
+    assert folded.dtype == np.uint32
+    expected = nn.uniform(1.0)(key, (4,))
+    for form in (folded, folded.copy(), list(key) if isinstance(key, tuple) else np.array([key])):
+        np.testing.assert_array_equal(nn.uniform(1.0)(form, (4,)), expected)
+    assert list(nn.fold_key(key, 7)) == [*folded, 7]
+
+
+def test_a_users_array_of_uint32_is_no_key_array():
+    array = np.array([1, 0], np.uint32)
+    np.testing.assert_array_equal(nn.uniform(1.0)(array, (4,)), nn.uniform(1.0)((1, 0), (4,)))
+    assert list(nn.training({}, array)["key"]) == [0x6B657973, 2, 1, 1, 1, 0]
+
+
+def test_bad_keys_are_refused():
+    for bad in (-1, (1, -1)):
+        with pytest.raises(ValueError, match="key: every number must be at least 0"):
+            nn.uniform(1.0)(bad, (1,))
+    for bad in (1.5, True, None, "1", (1, 2.0), np.ones(2), {}, np.ones((2, 2), int)):
+        with pytest.raises(TypeError, match="key: every number must be a whole number"):
+            nn.training({}, bad)
+    for bad in ((), [], np.array([], int)):
+        with pytest.raises(ValueError, match="key: .* got an empty one"):
+            nn.fold_key(bad, 0)
+    with pytest.raises(ValueError, match="fold_key: index must be at least 0"):
+        nn.fold_key(0, -1)
+
+
+def test_training_adds_a_key_to_a_copy():
+    params = {"W": np.ones(2)}
+    in_training = nn.training(params, (1, 2))
+    assert list(params) == ["W"]
+    assert list(in_training) == ["W", "key"]
+    assert in_training["W"] is params["W"]
+    with pytest.raises(TypeError, match="training: params must be a dict, got list"):
+        nn.training([], 0)
+
+
+FANS = [((300, 200), 300, 200), ((40, 30, 5, 4), 600, 800), ((50, 60, 9), 540, 450)]
+
+
+@pytest.mark.parametrize(("shape", "fan_in", "fan_out"), FANS)
+def test_initialisers_have_the_moments_that_their_fans_ask_for(shape, fan_in, fan_out):
+    spreads = {
+        nn.xavier_normal: math.sqrt(2 / (fan_in + fan_out)),
+        nn.xavier_uniform: math.sqrt(2 / (fan_in + fan_out)),
+        nn.he_normal: math.sqrt(2 / fan_in),
+        nn.he_uniform: math.sqrt(2 / fan_in),
+        nn.normal(0.3): 0.3,
+        nn.uniform(0.3): 0.3 / math.sqrt(3),
+    }
+    for initialiser, std in spreads.items():
+        weights = initialiser((1, 2), shape)
+        assert (weights.shape, weights.dtype) == (shape, np.float32)
+        assert abs(weights.mean()) < 5 * std / math.sqrt(weights.size)
+        assert weights.std() == pytest.approx(std, rel=5 / math.sqrt(weights.size))
+        np.testing.assert_array_equal(weights, initialiser((1, 2), shape))
+        assert not np.array_equal(weights, initialiser((2, 1), shape))
+        fourth = float((weights.astype(np.float64) ** 4).mean()) / std**4
+        normal = initialiser in (nn.xavier_normal, nn.he_normal) or "normal" in repr(initialiser)
+        assert fourth == pytest.approx(3 if normal else 1.8, rel=0.1)
+        if not normal:
+            assert (
+                math.sqrt(3) * std * 0.99 < np.abs(weights).max() <= math.sqrt(3) * std * 1.000001
+            )
+
+
+def test_constant_initialisers():
+    np.testing.assert_array_equal(nn.zeros(0, (2, 3)), np.zeros((2, 3), np.float32))
+    np.testing.assert_array_equal(nn.constant(-1.5)(0, (2,)), np.full(2, -1.5, np.float32))
+    assert nn.zeros(0, (2,)).dtype == nn.constant(1)(0, (2,)).dtype == np.float32
+    assert nn.normal(1.0)(0, ()).shape == nn.uniform(1.0)(0, ()).shape == ()
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (8, 3), (3, 8), (4, 2, 3, 3), (30, 2, 3, 3)])
+def test_orthogonal_is_orthogonal(shape):
+    weights = nn.orthogonal(1, shape)
+    assert (weights.shape, weights.dtype) == (shape, np.float32)
+    matrix = weights.reshape(shape[0], -1).astype(np.float64)
+    small = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
+    np.testing.assert_allclose(small, np.eye(len(small)), atol=1e-6)
+    assert not np.array_equal(weights, nn.orthogonal(2, shape))
+
+
+def test_orthogonal_is_drawn_from_all_orthogonal_matrices():
+    diagonals = np.array([np.diag(nn.orthogonal(key, (3, 3))) for key in range(400)])
+    assert np.abs(diagonals.mean(axis=0)).max() < 5 / math.sqrt(3 * 400)
+
+
+def test_pinned_numbers():
+    """What keys give, so that a new NumPy cannot change it silently."""
+    assert nn.fold_key((3, 2**40), 5).tolist() == [0x6B657973, 2, 1, 3, 2, 0, 256, 5]
+    numbers = [0.4865238666534424, -0.3592355251312256, -0.0826958417892456]
+    assert nn.uniform(1.0)((1, 2), (3,)).tolist() == numbers
+    numbers = [0.7212965488433838, 0.3055172860622406, -1.3887238502502441]
+    assert nn.normal(1.0)((1, 2), (3,)).tolist() == numbers
+    assert [index.tolist() for index in nn.batches(7, 3, 5)] == [[0, 5, 6], [3, 2, 4], [1]]
+    _, cache = nn.dropout(0.5).forward(nn.training({}, 4), np.ones((2, 8)))
+    assert (cache["mask"] / 2).tolist() == [[1, 1, 0, 1, 1, 0, 1, 1], [1, 0, 0, 0, 1, 1, 0, 0]]
+    images, labels = nn.draw_digits(3, 20, 12)
+    assert labels.tolist() == [8, 2, 4, 6, 7, 1, 6, 7, 7, 9, 2, 3, 6, 7, 7, 7, 2, 3, 1, 6]
+    assert int(images.sum()) == pytest.approx(103_836, abs=40)  # sines may differ in the last bit
+
+
+# ------------------------------------------------------------------------------------------------
+# Trees
+# ------------------------------------------------------------------------------------------------
+
+names = st.text(st.characters(exclude_characters="/", codec="utf-8"), min_size=1, max_size=5)
+leaves = st.integers(0, 5).map(lambda size: np.arange(size, dtype=np.float64))
+trees = st.recursive(
+    st.dictionaries(names, leaves, min_size=1, max_size=3),
+    lambda children: st.dictionaries(names, children | leaves, min_size=1, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(tree=trees)
+def test_flatten_and_unflatten_are_inverse(tree):
+    flat = nn.tree_flatten(tree)
+    assert not any(isinstance(leaf, dict) for leaf in flat.values())
+    assert all_bytes(nn.tree_unflatten(flat)) == all_bytes(tree)
+    assert list(nn.tree_flatten(nn.tree_unflatten(flat))) == list(flat)
+
+
+def test_flatten_joins_names_in_order():
+    tree = {"b": {"y": 1, "x": {"z": 2}}, "a": 3, "empty": {}}
+    assert list(nn.tree_flatten(tree).items()) == [("b/y", 1), ("b/x/z", 2), ("a", 3)]
+    assert nn.tree_unflatten({"b/y": 1, "b/x/z": 2}) == {"b": {"y": 1, "x": {"z": 2}}}
+    assert nn.tree_flatten({}) == nn.tree_unflatten({}) == {}
+
+
+def test_malformed_trees_are_refused():
+    for bad in ({"a/b": 1}, {"": 1}, {"x": {"a/b": 1}}):
+        with pytest.raises(ValueError, match="a name must not be empty or contain '/'"):
+            nn.tree_flatten(bad)
+    for bad in ({"a": 1, "a/b": 2}, {"a/b": 2, "a": 1}, {"a//b": 1}, {"": 1}, {"a/": 1}, {"/a": 1}):
+        with pytest.raises(ValueError, match="is malformed or clashes"):
+            nn.tree_unflatten(bad)
+    for function in (nn.tree_flatten, nn.tree_unflatten):
+        with pytest.raises(TypeError, match="must be a dict, got list"):
+            function([])
+        with pytest.raises(TypeError, match="names must be strings, got 1"):
+            function({1: 2})
+
+
+@given(tree=trees)
+def test_tree_map_applies_leaf_by_leaf(tree):
+    doubled = nn.tree_map(lambda a, b: a + b, tree, tree)
+    flat = nn.tree_flatten(tree)
+    assert list(nn.tree_flatten(doubled)) == list(flat)
+    for path, leaf in nn.tree_flatten(doubled).items():
+        np.testing.assert_array_equal(leaf, 2 * flat[path])
+    assert nn.tree_map(lambda a: a + 1, 2) == 3
+
+
+def test_tree_map_refuses_trees_that_differ():
+    for one, other in (({"a": 1}, {"b": 1}), ({"a": 1}, {"a": 1, "b": 2}), ({"a": {}}, {"a": 1})):
+        for pair in ((one, other), (other, one)):
+            with pytest.raises(ValueError, match="tree_map: trees differ"):
+                nn.tree_map(lambda a, b: a, *pair)
+    with pytest.raises(TypeError, match="at least one tree"):
+        nn.tree_map(abs)
+
+
+def test_tree_add_sums_what_is_there():
+    one = {"a": np.array([1.0]), "b": {"c": np.array([2.0])}}
+    other = {"b": {"c": np.array([3.0]), "d": np.array([4.0])}}
+    total = nn.tree_add(one, other, one)
+    assert nn.tree_map(float, nn.tree_map(np.sum, total)) == {"a": 2, "b": {"c": 7, "d": 4}}
+    assert one["b"]["c"] == 2
+    assert list(other["b"]) == ["c", "d"]
+    assert nn.tree_add() == {}
+    for bad in ({"a": np.ones(2)}, {"a": {}}, {"b": np.array([1.0])}):
+        with pytest.raises(ValueError, match="tree_add: '[ab]' is"):
+            nn.tree_add(one, bad)
+    with pytest.raises(TypeError, match="tree_add: every tree must be a dict, got list"):
+        nn.tree_add(one, [])
+
+
+def test_parameters_are_counted_without_keys():
+    params, _ = nn.sequential(nn.linear(5), nn.batch_norm(), nn.linear(2)).init(0, (3,))
+    assert nn.count_parameters(params) == 3 * 5 + 5 + 4 * 5 + 5 * 2 + 2
+    assert nn.count_parameters(nn.training({**params, "x": nn.training({}, 0)}, 0)) == 52
+    assert nn.count_parameters({"monkey": np.ones(2), "scalar": np.float32(1)}) == 3
+
+
+@given(seed=st.integers(0, 1000), limit=st.floats(0.01, 100))
+def test_norms_and_clipping(seed, limit):
+    rng = np.random.default_rng(seed)
+    grads = {"a": {"W": rng.normal(size=(3, 2)).astype(np.float32)}, "b": rng.normal(size=4)}
+    flat = np.concatenate([leaf.ravel() for leaf in nn.tree_flatten(grads).values()])
+    norm = math.sqrt(sum(float(value) ** 2 for value in flat))
+    assert nn.global_norm(grads) == pytest.approx(norm)
+    clipped = nn.clip_gradients(grads, limit)
+    scale = min(1, limit / norm)
+    for path, leaf in nn.tree_flatten(clipped).items():
+        original = nn.tree_flatten(grads)[path]
+        np.testing.assert_allclose(leaf, original * scale, rtol=1e-6)
+        assert leaf.dtype == original.dtype
+    assert nn.global_norm({}) == 0
+    big = {"a": np.full(4, 1e30, np.float32)}
+    assert nn.global_norm(big) == pytest.approx(2e30)
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses
+# ------------------------------------------------------------------------------------------------
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def rows(labels, classes):
+    return np.eye(classes)[labels]
+
+
+CLASS_LOSSES = {  # name: (loss, is the prediction a probability, formula on class probabilities)
+    "softmax_cross_entropy": (
+        nn.softmax_cross_entropy,
+        False,
+        lambda z, t: -(t * log_softmax(z)).sum() / len(z),
+    ),
+    "softmax_cross_entropy(smoothing)": (
+        partial(nn.softmax_cross_entropy, smoothing=0.3),
+        False,
+        lambda z, t: -((0.7 * t + 0.3 / z.shape[1]) * log_softmax(z)).sum() / len(z),
+    ),
+    "cross_entropy": (nn.cross_entropy, True, lambda p, t: -(t * np.log(p)).sum() / len(p)),
+}
+ELEMENT_LOSSES = {  # name: (loss, formula)
+    "mean_squared_error": (nn.mean_squared_error, lambda p, t: ((p - t) ** 2).mean()),
+    "mean_absolute_error": (nn.mean_absolute_error, lambda p, t: np.abs(p - t).mean()),
+    "huber": (
+        nn.huber,
+        lambda p, t: np.where(np.abs(p - t) <= 1, 0.5 * (p - t) ** 2, np.abs(p - t) - 0.5).mean(),
+    ),
+    "huber(0.2)": (
+        partial(nn.huber, delta=0.2),
+        lambda p, t: np.where(
+            np.abs(p - t) <= 0.2, 0.5 * (p - t) ** 2, 0.2 * (np.abs(p - t) - 0.1)
+        ).mean(),
+    ),
+    "binary_cross_entropy": (
+        nn.binary_cross_entropy,
+        lambda z, t: (
+            -t * np.log(1 / (1 + np.exp(-z))) - (1 - t) * np.log(1 / (1 + np.exp(z)))
+        ).mean(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLASS_LOSSES)
+@given(
+    count=st.integers(1, 4),
+    classes=st.integers(1, 4),
+    seed=st.integers(0, 10**6),
+    soft=st.booleans(),
+    dtype=st.sampled_from([np.float32, np.float64]),
+)
+def test_class_losses_are_their_formulas(name, count, classes, seed, soft, dtype):
+    loss, probable, formula = CLASS_LOSSES[name]
+    rng = np.random.default_rng(seed)
+    prediction = rng.normal(size=(count, classes))
+    if probable:
+        prediction = np.exp(log_softmax(prediction))
+    labels = rng.integers(0, classes, count)
+    t = rng.random((count, classes)) if soft else rows(labels, classes)
+    prediction, t = prediction.astype(dtype), t.astype(np.float32)
+    target = t if soft else labels.astype(rng.choice(["i1", "i4", "u2", "i8"]))
+    before = all_bytes(prediction, target)
+    value, gradient = loss(frozen(prediction), frozen(target))
+    assert type(value) is float
+    assert (gradient.shape, gradient.dtype) == (prediction.shape, dtype)
+    assert all_bytes(prediction, target) == before
+    exact, step = prediction.astype(np.float64), 1e-6 if probable else 1e-5
+    assert value == pytest.approx(formula(exact, t), rel=1e-5, abs=1e-6)
+    numeric = numeric_gradient(lambda p: formula(p, t), exact, step)
+    np.testing.assert_allclose(gradient, numeric, rtol=2e-3, atol=1e-5)
+    if not soft:
+        assert loss(prediction, rows(labels, classes))[0] == pytest.approx(value)
+
+
+@given(count=st.integers(1, 4), classes=st.integers(1, 4), seed=st.integers(0, 10**6),
+       margin=st.sampled_from([0.0, 0.5, 1.0, 3.0]))  # fmt: skip
+def test_hinge_is_its_formula(count, classes, seed, margin):
+    rng = np.random.default_rng(seed)
+    scores, labels = rng.normal(size=(count, classes)), rng.integers(0, classes, count)
+
+    def formula(scores):
+        total = 0.0
+        for sample, label in enumerate(labels):
+            for wrong in set(range(classes)) - {label}:
+                total += max(0.0, scores[sample, wrong] - scores[sample, label] + margin)
+        return total / count
+
+    value, gradient = nn.hinge(frozen(scores), labels, margin)
+    assert value == pytest.approx(formula(scores))
+    np.testing.assert_allclose(gradient, numeric_gradient(formula, scores), atol=1e-8)
+    assert nn.hinge(scores, labels)[0] == nn.hinge(scores, labels, 1.0)[0]
+    assert nn.hinge(scores.astype(np.float32), labels)[1].dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ELEMENT_LOSSES)
+@given(shape=st.lists(sizes, min_size=1, max_size=3).map(tuple), seed=st.integers(0, 10**6),
+       dtype=st.sampled_from([np.float32, np.float64]))  # fmt: skip
+def test_element_losses_are_their_formulas(name, shape, seed, dtype):
+    loss, formula = ELEMENT_LOSSES[name]
+    rng = np.random.default_rng(seed)
+    prediction, target = rng.normal(size=shape).astype(dtype), rng.random(shape)
+    value, gradient = loss(frozen(prediction), frozen(target))
+    assert type(value) is float
+    assert (gradient.shape, gradient.dtype) == (shape, dtype)
+    exact = prediction.astype(np.float64)
+    assert value == pytest.approx(formula(exact, target), rel=1e-5)
+    numeric = numeric_gradient(lambda p: formula(p, target), exact)
+    np.testing.assert_allclose(gradient, numeric, rtol=2e-3, atol=1e-5)
+    whole = loss(prediction, np.ones(shape, int))[0]
+    assert whole == loss(prediction, np.ones(shape, bool))[0] == loss(prediction, np.ones(shape))[0]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_losses_at_extreme_predictions_are_right_without_a_warning(dtype):
+    logits = np.array([[1e4, -1e4], [1e4, -1e4]], dtype)
+    certain = np.array([[1, 0], [1, 0]], dtype)
+    tiny = float(np.finfo(dtype).tiny)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        value, gradient = nn.softmax_cross_entropy(logits, np.array([0, 1]))
+        assert value == 1e4
+        np.testing.assert_array_equal(gradient, [[0, 0], [0.5, -0.5]])
+        value, gradient = nn.binary_cross_entropy(logits, np.array([[1, 0], [0, 1]]))
+        assert value == 5e3
+        np.testing.assert_array_equal(gradient, [[0, 0], [0.25, -0.25]])
+        value, gradient = nn.hinge(logits, np.array([0, 1]))
+        assert value == (2e4 + 1) / 2
+        value, gradient = nn.cross_entropy(certain, np.array([0, 1]))
+        assert value == pytest.approx(-math.log(tiny) / 2)
+        np.testing.assert_allclose(gradient, [[-0.5, 0], [0, -0.5 / tiny]])
+        value, gradient = nn.cross_entropy(certain, certain)
+        assert value == 0
+
+
+@given(tree=trees, coefficient=st.sampled_from([0.0, 0.1, 2.0]))
+def test_l2_penalty_is_on_matrices_and_kernels_alone(tree, coefficient):
+    kernel, matrix = np.full((2, 1, 2, 2), 3.0), np.full((2, 3), -1.0, np.float32)
+    params = {**tree, "net": {"kernel": kernel, "W": matrix, "b": np.ones(3)}}
+    value, grads = nn.l2_penalty(params, coefficient)
+    assert value == pytest.approx(coefficient / 2 * (8 * 9 + 6))
+    assert list(nn.tree_flatten(grads)) == ["net/kernel", "net/W"]
+    np.testing.assert_array_equal(grads["net"]["kernel"], coefficient * kernel)
+    np.testing.assert_allclose(grads["net"]["W"], coefficient * matrix)
+    assert grads["net"]["W"].dtype == np.float32
+
+
+# ------------------------------------------------------------------------------------------------
+# Optimisers and schedules
+# ------------------------------------------------------------------------------------------------
+
+
+def sgd_rule(p, g, memory, lr, momentum=0.0, nesterov=False, weight_decay=0.0):
+    g = g + weight_decay * p
+    memory["v"] = momentum * memory["v"] + g if "v" in memory else g
+    change = g + momentum * memory["v"] if nesterov else memory["v"]
+    return p - lr * change
+
+
+def adam_rule(
+    p, g, memory, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=False
+):
+    if decoupled:
+        p = p - lr * weight_decay * p
+    else:
+        g = g + weight_decay * p
+    t = memory["t"] = memory.get("t", 0) + 1
+    memory["m"] = beta1 * memory.get("m", 0) + (1 - beta1) * g
+    memory["v"] = beta2 * memory.get("v", 0) + (1 - beta2) * g * g
+    denominator = np.sqrt(memory["v"]) / math.sqrt(1 - beta2**t) + eps
+    return p - lr / (1 - beta1**t) * memory["m"] / denominator
+
+
+def rmsprop_rule(p, g, memory, lr, decay=0.99, eps=1e-8, momentum=0.0, weight_decay=0.0):
+    g = g + weight_decay * p
+    memory["s"] = decay * memory.get("s", 0) + (1 - decay) * g * g
+    change = g / (np.sqrt(memory["s"]) + eps)
+    memory["v"] = momentum * memory.get("v", 0) + change
+    return p - lr * memory["v"]
+
+
+def adagrad_rule(p, g, memory, lr, eps=1e-10, weight_decay=0.0):
+    g = g + weight_decay * p
+    memory["s"] = memory.get("s", 0) + g * g
+    return p - lr * g / (np.sqrt(memory["s"]) + eps)
+
+
+def adadelta_rule(p, g, memory, lr, decay=0.9, eps=1e-6, weight_decay=0.0):
+    g = g + weight_decay * p
+    memory["s"] = decay * memory.get("s", 0) + (1 - decay) * g * g
+    change = np.sqrt(memory.get("u", 0) + eps) / np.sqrt(memory["s"] + eps) * g
+    memory["u"] = decay * memory.get("u", 0) + (1 - decay) * change * change
+    return p - lr * change
+
+
+OPTIMISERS = {  # name: (constructor, its rule written out, default rate, options)
+    "sgd": (nn.sgd, sgd_rule, None, {}),
+    "sgd momentum": (nn.sgd, sgd_rule, None, {"momentum": 0.9}),
+    "sgd nesterov": (nn.sgd, sgd_rule, None, {"momentum": 0.7, "nesterov": True}),
+    "adam": (nn.adam, adam_rule, 1e-3, {}),
+    "adam options": (nn.adam, adam_rule, 1e-3, {"beta1": 0.5, "beta2": 0.7, "eps": 1e-2}),
+    "adam betas of 0": (nn.adam, adam_rule, 1e-3, {"beta1": 0.0, "beta2": 0.0}),
+    "adamw": (nn.adamw, partial(adam_rule, decoupled=True), 1e-3, {}),
+    "rmsprop": (nn.rmsprop, rmsprop_rule, 0.01, {}),
+    "rmsprop momentum": (
+        nn.rmsprop,
+        rmsprop_rule,
+        0.01,
+        {"momentum": 0.8, "decay": 0.5, "eps": 0.1},
+    ),
+    "adagrad": (nn.adagrad, adagrad_rule, 0.01, {}),
+    "adagrad eps": (nn.adagrad, adagrad_rule, 0.01, {"eps": 0.1}),
+    "adadelta": (nn.adadelta, adadelta_rule, 1.0, {}),
+    "adadelta options": (nn.adadelta, adadelta_rule, 1.0, {"decay": 0.5, "eps": 0.1}),
+}
+every_optimiser = pytest.mark.parametrize("name", OPTIMISERS)
+
+
+def some_params(seed, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+    shapes = {"a/W": (3, 2), "a/b": (2,), "c/d/scale": (), "e": (1, 2, 2)}
+    return nn.tree_unflatten(
+        {path: np.asarray(rng.normal(size=shape), dtype) for path, shape in shapes.items()}
+    )
+
+
+@every_optimiser
+@given(
+    seed=st.integers(0, 10**6),
+    lr=st.sampled_from([None, 0.1, "schedule"]),
+    weight_decay=st.sampled_from([None, 0.0, 0.3]),
+    dtype=st.sampled_from([np.float32, np.float64]),
+)
+def test_optimisers_follow_their_rules(name, seed, lr, weight_decay, dtype):
+    constructor, rule, default, options = OPTIMISERS[name]
+    options = dict(options) if weight_decay is None else {**options, "weight_decay": weight_decay}
+    if lr is None and default is None:
+        lr = 0.1
+    rate = nn.exponential(0.1, 0.5) if lr == "schedule" else lr
+    optimizer = constructor(**options) if lr is None else constructor(rate, **options)
+    if weight_decay is None and name == "adamw":
+        options["weight_decay"] = 0.01
+    params = some_params(seed, dtype)
+    state = optimizer.init(params)
+    expected = {path: leaf.astype(np.float64) for path, leaf in nn.tree_flatten(params).items()}
+    memories = {path: {} for path in expected}
+    for step in range(5):
+        grads = some_params((seed, step), dtype)
+        if step == 1:
+            grads = {"a": {"W": grads["a"]["W"]}}  # the others are frozen for a step
+        params, state = optimizer.step(frozen(params), frozen(grads), frozen(state))
+        now = 0.1 * 0.5**step if lr == "schedule" else default if lr is None else lr
+        for path, g in nn.tree_flatten(grads).items():
+            expected[path] = rule(
+                expected[path], g.astype(np.float64), memories[path], now, **options
+            )
+        assert int(state["step"]) == step + 1
+        for path, leaf in nn.tree_flatten(params).items():
+            assert (type(leaf), leaf.dtype, leaf.shape) == (np.ndarray, dtype, expected[path].shape)
+            tolerance = 1e-10 if dtype == np.float64 else 2e-4
+            np.testing.assert_allclose(leaf, expected[path], rtol=tolerance, atol=tolerance)
+
+
+@every_optimiser
+def test_optimisers_are_pure_and_their_states_can_be_saved(name, tmp_path):
+    constructor, _, _, options = OPTIMISERS[name]
+    optimizer = constructor(0.1, **options)
+    params, grads = some_params(1, np.float32), some_params(2, np.float32)
+    state = optimizer.init(params)
+    before = all_bytes(params, grads, state)
+    first = optimizer.step(params, grads, state)
+    assert all_bytes(params, grads, state) == before
+    assert all_bytes(*optimizer.step(params, grads, state)) == all_bytes(*first)
+    nn.save(tmp_path / "state.npz", first[1])
+    loaded = nn.load(tmp_path / "state.npz")
+    assert all_bytes(loaded) == all_bytes(first[1])
+    copy = pickle.loads(pickle.dumps(optimizer))
+    second = optimizer.step(first[0], grads, first[1])
+    assert all_bytes(*copy.step(first[0], grads, loaded)) == all_bytes(*second)
+    assert all_bytes(copy.init(params)) == all_bytes(state)
+
+
+@every_optimiser
+def test_optimisers_leave_frozen_entries_as_they_are(name):
+    constructor, _, _, options = OPTIMISERS[name]
+    optimizer = constructor(0.1, **options)
+    params, grads = some_params(1), some_params(2)
+    moved, _ = optimizer.step(params, {"a": {"b": grads["a"]["b"]}}, optimizer.init(params))
+    assert moved["a"]["W"] is params["a"]["W"]
+    assert moved["c"] is params["c"]
+    assert not np.array_equal(moved["a"]["b"], params["a"]["b"])
+    same, state = optimizer.step(params, {}, optimizer.init(params))
+    assert all_bytes(same) == all_bytes(params)
+    assert int(state["step"]) == 1
+
+
+@every_optimiser
+def test_optimisers_keep_the_dtype_of_params(name):
+    constructor, _, _, options = OPTIMISERS[name]
+    optimizer = constructor(0.1, **options)
+    params = some_params(1, np.float32)
+    state = optimizer.init(some_params(1, np.float64))
+    moved, state = optimizer.step(params, some_params(2, np.float64), state)
+    assert {leaf.dtype for leaf in nn.tree_flatten(moved).values()} == {np.dtype(np.float32)}
+    expected, _ = optimizer.step(params, some_params(2, np.float32), optimizer.init(params))
+    assert all_bytes(moved) == all_bytes(expected)
+
+
+@every_optimiser
+def test_optimisers_refuse_what_is_not_theirs(name):
+    constructor, _, _, options = OPTIMISERS[name]
+    optimizer = constructor(0.1, **options)
+    params, grads = some_params(1), some_params(2)
+    state = optimizer.init(params)
+    where = name.split()[0]
+    for bad in (None, [params], params["e"]):
+        for position, what in enumerate(("params", "grads", "state")):
+            arguments = [params, grads, state]
+            arguments[position] = bad
+            with pytest.raises(TypeError, match=f"{where}: {what} must be a dict"):
+                optimizer.step(*arguments)
+        with pytest.raises(TypeError, match=f"{where}: params must be a dict"):
+            optimizer.init(bad)
+    with pytest.raises(ValueError, match=f"{where}: grads have an entry 'a/x' that params lack"):
+        optimizer.step(params, {"a": {"x": params["e"]}}, state)
+    with pytest.raises(ValueError, match=rf"{where}: e: grads have shape \(1, 2, 3\), but params"):
+        optimizer.step(params, {"e": np.ones((1, 2, 3))}, state)
+    for bad in (None, [1.0], np.ones((1, 2, 2), int)):
+        with pytest.raises(TypeError, match=f"{where}: e: grads must be"):
+            optimizer.step(params, {"e": bad}, state)
+    with pytest.raises(TypeError, match=f"{where}: e: params must be"):
+        optimizer.step({**params, "e": np.ones((1, 2, 2), int)}, grads, state)
+    others = [nn.sgd(0.1), nn.sgd(0.1, 0.9), nn.adam(), nn.rmsprop(), nn.adagrad(), nn.adadelta()]
+    for other in others:
+        if other.init(params).keys() != state.keys():
+            with pytest.raises(ValueError, match=f"{where}: the state is not this optimiser's"):
+                optimizer.step(params, grads, other.init(params))
+    for quantity in set(state) - {"step", "scale"}:
+        with pytest.raises(ValueError, match=f"{where}: the state is damaged"):
+            optimizer.step(params, grads, {**state, quantity: np.ones(3)})
+        with pytest.raises(ValueError, match=f"{where}: the state has no {quantity} of 'e'"):
+            optimizer.step(params, grads, {**state, quantity: {**state[quantity], "e": {}}})
+        broken = nn.tree_map(lambda leaf: np.ones(7), state[quantity])
+        with pytest.raises(ValueError, match=f"{quantity} in the state has shape"):
+            optimizer.step(params, grads, {**state, quantity: broken})
+    for rate in (math.nan, math.inf, -0.1):
+        broken = constructor(lambda step, rate=rate: rate, **options)
+        with pytest.raises(ValueError, match=f"{where}: the learning rate of step 0 is {rate}"):
+            broken.step(params, grads, state)
+
+
+SCHEDULES = {  # name: (schedule, formula)
+    "step_decay": (nn.step_decay(2.0, 3, 0.5), lambda step: 2.0 * 0.5 ** (step // 3)),
+    "step_decay default": (nn.step_decay(2.0, 4), lambda step: 2.0 * 0.1 ** (step // 4)),
+    "multistep": (
+        nn.multistep(2.0, [7, 2], 0.5),
+        lambda step: 2.0 * (1 if step < 2 else 0.5 if step < 7 else 0.25),
+    ),
+    "multistep default": (nn.multistep(2.0, np.array([2])), lambda step: 2.0 if step < 2 else 0.2),
+    "exponential": (nn.exponential(2.0, 0.9), lambda step: 2.0 * 0.9**step),
+    "cosine": (
+        nn.cosine(2.0, 10, 0.5),
+        lambda step: 0.5 + 1.5 * (1 + math.cos(math.pi * min(step, 10) / 10)) / 2,
+    ),
+    "cosine default": (
+        nn.cosine(2.0, 5),
+        lambda step: 1 + math.cos(math.pi * min(step, 5) / 5),
+    ),
+    "cyclic": (
+        nn.cyclic(0.5, 2.5, 4),
+        lambda step: 0.5 + 2.0 * (1 - abs((step % 8) / 4 - 1)),
+    ),
+    "warmup of a number": (nn.warmup(2.0, 4), lambda step: 2.0 * min(1, (step + 1) / 4)),
+    "warmup of a schedule": (
+        nn.warmup(nn.exponential(2.0, 0.9), 3),
+        lambda step: 2.0 * 0.9**step * min(1, (step + 1) / 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_are_their_formulas(name):
+    schedule, formula = SCHEDULES[name]
+    copy = pickle.loads(pickle.dumps(schedule))
+    for step in (*range(30), 10**6):
+        assert type(schedule(step)) is float
+        assert schedule(step) == pytest.approx(formula(step), abs=1e-15)
+        assert copy(step) == schedule(step)
+        assert schedule(np.int64(step)) == pytest.approx(schedule(step))
+
+
+@pytest.mark.parametrize(
+    ("steps", "rise"), [(10, 0.3), (100, 0.25), (7, 0.0), (6, 1.0), (1, 0.3), (2, 0.5)]
+)
+def test_one_cycle_is_that_of_pytorch(steps, rise):
+    schedule = nn.one_cycle(2.0, steps, rise)
+    start, end, top = 2.0 / 25, 2.0 / 250_000, max(rise * steps - 1, 0)
+    for step in range(steps):
+        if step < top:
+            expected = 2.0 + (start - 2.0) / 2 * (1 + math.cos(math.pi * step / top))
+        elif steps - 1 - top > 0:
+            along = (step - top) / (steps - 1 - top)
+            expected = end + (2.0 - end) / 2 * (1 + math.cos(math.pi * along))
+        else:
+            expected = end
+        assert schedule(step) == pytest.approx(expected)
+    assert schedule(steps) == schedule(10**6) == pytest.approx(end)
+    assert pickle.loads(pickle.dumps(schedule))(3) == schedule(3)
+    assert nn.one_cycle(2.0, 100)(29) == pytest.approx(2.0)
+
+
+@given(
+    losses=st.lists(
+        st.sampled_from([3.0, 2.0, 1.999, 1.5, 1.0, -1.0, math.nan, math.inf]), max_size=30
+    ),
+    patience=st.integers(0, 3),
+    threshold=st.sampled_from([0.0, 1e-3, 0.3]),
+)
+def test_reduce_on_plateau_counts_as_pytorch_does(losses, patience, threshold):
+    optimizer = nn.sgd(0.5)
+    params = {"w": np.zeros(1)}
+    state = optimizer.init(params)
+    best, bad, scale = math.inf, 0, 1.0
+    for loss in losses:
+        before = all_bytes(state)
+        new = nn.reduce_on_plateau(state, loss, 0.5, patience, threshold)
+        assert all_bytes(state) == before
+        if loss < best * (1 - threshold):
+            best, bad = loss, 0
+        else:
+            bad += 1
+        if bad > patience:
+            scale, bad = scale * 0.5, 0
+        assert float(new["scale"]) == scale
+        assert (float(new["plateau_best"]), int(new["plateau_count"])) == (best, bad)
+        moved, state = optimizer.step(params, {"w": np.ones(1)}, new)
+        assert moved["w"][0] == -0.5 * scale
+        assert {"plateau_best", "plateau_count"} <= state.keys()
+
+
+def test_reduce_on_plateau_by_default_waits_for_ten_and_halves():
+    state = nn.adam().init({})
+    for _ in range(11):
+        state = nn.reduce_on_plateau(state, 1.0)
+        assert state["scale"] == 1
+    assert nn.reduce_on_plateau(state, 0.9995)["scale"] == 0.5
+    assert nn.reduce_on_plateau(state, np.float32(0.998))["scale"] == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Gradient checking
+# ------------------------------------------------------------------------------------------------
+
+
+class Stranger:
+    """A right pair by somebody who never saw purenn; the tests break it in one place each."""
+
+    def forward(self, params, x):
+        return x @ params["W"] + params["b"], (x, params["W"])
+
+    def backward(self, params, cache, dy):
+        x, W = cache
+        return self.dx(W, dy), {"W": self.dW(x, dy), "b": self.db(dy)}
+
+    def dx(self, W, dy):
+        return dy @ W.T
+
+    def dW(self, x, dy):
+        return x.T @ dy
+
+    def db(self, dy):
+        return dy.sum(axis=0)
+
+
+class WrongSign(Stranger):
+    def db(self, dy):
+        return -dy.sum(axis=0)
+
+
+class MissingFactor(Stranger):
+    def dW(self, x, dy):
+        return x.T @ dy / len(x)
+
+
+class Transposed(Stranger):
+    def dW(self, x, dy):
+        return dy.T @ x
+
+
+class ZeroBias(Stranger):
+    def db(self, dy):
+        return np.zeros(dy.shape[1])
+
+
+class ForgottenBias(Stranger):
+    def backward(self, params, cache, dy):
+        dx, grads = super().backward(params, cache, dy)
+        return dx, {"W": grads["W"]}
+
+
+class WrongForX(Stranger):
+    def dx(self, W, dy):
+        return dy @ W.T * 1.001
+
+
+class ExtraEntry(Stranger):
+    def backward(self, params, cache, dy):
+        dx, grads = super().backward(params, cache, dy)
+        return dx, {**grads, "c": dy}
+
+
+class OneWrongEntry(Stranger):
+    def dW(self, x, dy):
+        gradient = x.T @ dy
+        gradient[123, 45] += 1e-3
+        return gradient
+
+
+class Float32(Stranger):
+    def forward(self, params, x):
+        y, cache = super().forward(params, x)
+        return y.astype(np.float32), cache
+
+
+class WritesToItsInput(Stranger):
+    def forward(self, params, x):
+        x += 1
+        return super().forward(params, x)
+
+
+def stranger_inputs(rows=3, columns=3, batch=4):
+    rng = np.random.default_rng(0)
+    params = {"W": rng.normal(size=(rows, columns)), "b": rng.normal(size=columns)}
+    return params, rng.normal(size=(batch, rows))
+
+
+def test_a_right_pair_of_a_stranger_passes():
+    for size in ((3, 3), (2, 5), (40, 30)):
+        params, x = stranger_inputs(*size)
+        assert nn.check_gradients(Stranger(), params, x) is None
+        nn.check_gradients(Stranger(), nn.tree_map(np.float32, params), x.astype(np.float32))
+    nn.check_gradients(Stranger(), params, x, rtol=1e-6, key=(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "size", "message"),
+    [
+        (WrongSign, (3, 3), r"grads/b\[0\] is (-?[\d.]+) by backward, but (-?[\d.]+) by central"),
+        (MissingFactor, (3, 3), r"grads/W\[0, 0\] is .* by backward, but .* by central"),
+        (Transposed, (3, 3), r"grads/W\[0, 1\] is"),
+        (Transposed, (2, 3), r"grads/W has shape \(3, 2\), but what it is .* has \(2, 3\)"),
+        (ZeroBias, (3, 3), r"grads/b\[0\] is 0 by backward"),
+        (ForgottenBias, (3, 3), r"grads/b\[0\] is 0 by backward"),
+        (WrongForX, (3, 3), r"dx\[0, 0\] is"),
+        (ExtraEntry, (3, 3), r"grads have 'c', but params do not"),
+        (OneWrongEntry, (400, 300), r"grads/W\[123, 45\] is"),
+        (Float32, (3, 3), r"y must be float64 like x, got ndarray of float32"),
+    ],
+)
+def test_a_wrong_gradient_is_found_and_named(wrong, size, message):
+    params, x = stranger_inputs(*size)
+    with pytest.raises(AssertionError, match=f"^check_gradients: {message}") as found:
+        nn.check_gradients(wrong(), params, x)
+    with pytest.raises(AssertionError) as again:
+        nn.check_gradients(wrong(), params, x)
+    assert str(found.value) == str(again.value)
+
+
+def test_the_values_that_check_gradients_gives_are_right():
+    params, x = stranger_inputs()
+    with pytest.raises(AssertionError, match="grads/b") as found:
+        nn.check_gradients(WrongSign(), params, x)
+    analytic, numeric = (float(word) for word in str(found.value).split() if word[-1].isdigit())
+    assert analytic == pytest.approx(-numeric, rel=1e-6)
+    assert numeric != 0
+
+
+def test_a_layer_that_writes_to_its_input_is_found():
+    params, x = stranger_inputs()
+    with pytest.raises(ValueError, match="read-only"):
+        nn.check_gradients(WritesToItsInput(), params, x)
+
+
+def test_a_gradient_wrong_by_less_than_rtol_passes():
+    params, x = stranger_inputs()
+    nn.check_gradients(WrongForX(), params, x, rtol=1e-2)
+
+
+def test_a_wrong_layer_deep_in_a_network_is_found():
+    broken = nn.tanh()._replace(backward=lambda params, cache, dy: (dy * (1 - cache), {}))
+    net = nn.sequential(first=nn.linear(4), block=nn.residual(broken), out=nn.linear(2))
+    params, _ = net.init(0, (3,))
+    x = np.random.default_rng(0).normal(size=(2, 3))
+    with pytest.raises(AssertionError, match="grads/first/W"):
+        nn.check_gradients(net, params, x)
+
+
+def test_kinks_and_statistics_and_missing_params_are_no_errors():
+    x = np.array([[0.0, 1e-9, -1e-9, 2.0]])
+    nn.check_gradients(nn.relu(), {}, x)
+    nn.check_gradients(nn.leaky_relu(0.5), None, x)
+    wrong = nn.relu()._replace(
+        backward=lambda params, cache, dy: (dy * (cache > 0) * 1.1 - 0.1, {})
+    )
+    with pytest.raises(AssertionError, match="dx"):
+        nn.check_gradients(wrong, {}, x)
+    params, _ = nn.batch_norm().init(0, (4,))
+    nn.check_gradients(nn.sequential(bn=nn.batch_norm()), {"bn": params}, x)
+
+
+def test_a_layer_on_whole_numbers_is_checked_for_its_params():
+    def forward(params, x):
+        return params["table"][x], x
+
+    def backward(params, cache, dy):
+        gradient = np.zeros_like(params["table"])
+        np.add.at(gradient, cache, dy)
+        return None, {"table": gradient}
+
+    lookup = nn.Layer(nn.identity_init, forward, backward)
+    nn.check_gradients(lookup, {"table": np.ones((5, 3))}, np.array([0, 3, 3]))
+
+
+def test_a_real_network_is_checked():
+    net = nn.sequential(
+        hidden=nn.linear(256),
+        norm=nn.batch_norm(),
+        act=nn.relu(),
+        drop=nn.dropout(0.2),
+        out=nn.linear(10),
+    )
+    params, _ = net.init(0, (784,))
+    x = np.random.default_rng(0).normal(size=(16, 784)).astype(np.float32)
+    nn.check_gradients(net, nn.training(params, 5), x, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------
+# Training helpers
+# ------------------------------------------------------------------------------------------------
+
+
+@given(count=st.integers(1, 40), size=st.integers(1, 50), key=st.integers(0, 100))
+def test_batches_hold_each_index_once(count, size, key):
+    parts = list(nn.batches(count, size, key))
+    assert sorted(np.concatenate(parts).tolist()) == list(range(count))
+    assert [len(part) for part in parts[:-1]] == [size] * (len(parts) - 1)
+    assert 1 <= len(parts[-1]) <= size
+    again = nn.batches(count, size, key)
+    for part in parts:
+        np.testing.assert_array_equal(next(again), part)
+    orders = {tuple(np.concatenate(list(nn.batches(20, 7, (key, epoch))))) for epoch in range(5)}
+    assert len(orders) == 5
+
+
+def test_accuracy_is_the_share_of_right_ones():
+    logits = np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]], np.float32)
+    assert nn.accuracy(logits, np.array([1, 0, 0])) == 2 / 3
+    assert type(nn.accuracy(logits, np.array([1, 0, 1], np.uint8))) is float
+
+
+@given(data=st.data())
+def test_value_and_grad_is_forward_loss_backward(data):
+    net = network(data.draw(sizes))
+    params, _ = net.init(1, (3,))
+    x, labels = np.random.default_rng(0).normal(size=(4, 3)), np.array([0, 1, 1, 0])
+    params = nn.training(params, 3) if data.draw(st.booleans()) else params
+    function = pickle.loads(pickle.dumps(nn.value_and_grad(net, nn.softmax_cross_entropy)))
+    loss, grads, cache = function(params, x, labels)
+    logits, expected_cache = net.forward(params, x)
+    expected_loss, dlogits = nn.softmax_cross_entropy(logits, labels)
+    _, expected_grads = net.backward(params, expected_cache, dlogits)
+    assert loss == expected_loss
+    assert all_bytes(grads, cache) == all_bytes(expected_grads, expected_cache)
+
+
+def test_value_and_grad_takes_a_stranger():
+    params, x = stranger_inputs()
+    loss, grads, _ = nn.value_and_grad(Stranger(), nn.mean_squared_error)(
+        params, x, np.zeros((4, 3))
+    )
+    y = x @ params["W"] + params["b"]
+    assert loss == pytest.approx((y**2).mean())
+    np.testing.assert_allclose(grads["W"], x.T @ (2 * y / y.size))
+
+
+def test_a_network_learns():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 2))
+    labels = (x[:, 0] * x[:, 1] > 0).astype(int)
+    net = nn.sequential(nn.linear(16), nn.tanh(), nn.dropout(0.05), nn.linear(2))
+    params, _ = net.init(0, (2,))
+    optimizer = nn.adam(0.02)
+    state = optimizer.init(params)
+    function = nn.value_and_grad(net, nn.softmax_cross_entropy)
+    for step in range(300):
+        _, grads, _ = function(nn.training(params, (1, step)), x, labels)
+        params, state = optimizer.step(params, grads, state)
+    assert nn.accuracy(net.forward(params, x)[0], labels) > 0.95
+
+
+# ------------------------------------------------------------------------------------------------
+# Misuse: every public name
+# ------------------------------------------------------------------------------------------------
+
+Z, LABELS = np.ones((2, 3)), np.array([0, 2])
+PAIRS = [
+    "linear",
+    "identity",
+    "flatten",
+    "relu",
+    "leaky_relu",
+    "elu",
+    "sigmoid",
+    "tanh",
+    "softplus",
+]
+PAIRS += ["gelu", "silu", "softmax", "log_softmax", "dropout", "batch_norm", "layer_norm"]
+BOUND = {"leaky_relu": {"slope": 0.1}, "elu": {"alpha": 1.0}, "batch_norm": {"eps": 1e-5}}
+BOUND["layer_norm"] = BOUND["batch_norm"]
+
+MISUSE = {  # name: calls that are refused, each (exception, words of the message, arguments)
+    "tree_map": [(TypeError, "at least one", (abs,)), (ValueError, "differ", (max, {"a": 1}, {}))],
+    "tree_flatten": [(TypeError, "must be a dict", (1,)), (ValueError, "empty", ({"": 1},))],
+    "tree_unflatten": [(TypeError, "must be a dict", (1,)), (ValueError, "malformed", ({"": 1},))],
+    "tree_add": [
+        (TypeError, "must be a dict", (1,)),
+        (ValueError, "'a' is", ({"a": Z}, {"a": LABELS})),
+    ],
+    "count_parameters": [(TypeError, "must be a dict", (Z,))],
+    "global_norm": [(TypeError, "must be a dict", (Z,))],
+    "clip_gradients": [
+        (ValueError, "max_norm must be > 0", ({}, 0)),
+        (ValueError, "max_norm", ({}, math.nan)),
+        (ValueError, "max_norm", ({}, math.inf)),
+        (TypeError, "max_norm must be a number", ({}, "1")),
+        (TypeError, "must be a dict", (Z, 1)),
+    ],
+    "fold_key": [(TypeError, "index", (0, 1.5)), (TypeError, "key", ("0", 1))],
+    "training": [(TypeError, "must be a dict", (Z, 1)), (ValueError, "at least 0", ({}, -1))],
+    "zeros": [(TypeError, "zeros: shape", (0, 3)), (ValueError, "zeros: every size", (0, (0,)))],
+    "constant": [(TypeError, "value must be a number", ("1",)), (ValueError, "value", (math.nan,))],
+    "normal": [(ValueError, "std must be >= 0", (-1,)), (ValueError, "std", (math.inf,))],
+    "uniform": [(ValueError, "limit must be >= 0", (-1,)), (ValueError, "limit", (math.nan,))],
+    **{
+        name: [
+            (ValueError, f"{name}: shape .* has no fans", (0, (3,))),
+            (TypeError, f"{name}: shape must be a tuple", (0, 3)),
+        ]
+        for name in ("xavier_normal", "xavier_uniform", "he_normal", "he_uniform", "orthogonal")
+    },
+    "linear": [
+        (ValueError, "out must be at least 1", (0,)),
+        (TypeError, "out must be a whole number", (1.0,)),
+        (TypeError, "out must be a whole number", (True,)),
+        (TypeError, "init must be a function", (3, "he")),
+    ],
+    "leaky_relu": [
+        (TypeError, "slope must be a number", ("1",)),
+        (TypeError, "slope must be a number", (True,)),
+        (ValueError, "slope", (math.nan,)),
+        (ValueError, "slope must be finite", (math.inf,)),
+    ],
+    "elu": [(ValueError, "alpha must be > 0", (bad,)) for bad in (0, -1, math.nan, math.inf)],
+    "dropout": [(ValueError, "rate must be >= 0 and < 1", (bad,)) for bad in (-0.1, 1, math.nan)],
+    "batch_norm": [(ValueError, "eps must be > 0", (bad,)) for bad in (0, -1, math.nan, math.inf)],
+    "layer_norm": [(ValueError, "eps must be > 0", (bad,)) for bad in (0, -1, math.nan, math.inf)],
+    "update_statistics": [
+        (ValueError, "momentum must be >= 0 and <= 1", ({}, {}, 1.1)),
+        (ValueError, "momentum", ({}, {}, -0.1)),
+        (TypeError, "params must be a dict", (Z, {})),
+    ],
+    "sequential": [
+        (TypeError, "sequential: 0 must be a layer, but int has no init", (3,)),
+        (TypeError, "has no forward", (nn.linear(3)._replace(forward=None),)),
+        (TypeError, "has no backward", (nn.linear(3)._replace(backward=None),)),
+    ],
+    "residual": [(TypeError, "residual: shortcut must be a layer", (nn.relu(), None))],
+    "softmax_cross_entropy": [
+        (ValueError, "smoothing must be >= 0 and < 1", (Z, LABELS, 1.0)),
+        (ValueError, "smoothing", (Z, LABELS, -0.1)),
+    ],
+    "hinge": [
+        (ValueError, "margin must be >= 0", (Z, LABELS, -1)),
+        (TypeError, "labels must be a NumPy array", (Z, [0, 2])),
+        (ValueError, r"labels must have shape \(2,\)", (Z, Z)),
+    ],
+    "cross_entropy": [
+        (ValueError, "probabilities must be from 0 to 1; for logits use softmax_cross_entropy", bad)
+        for bad in ((2 * Z, LABELS), (-Z, LABELS), (Z * math.nan, LABELS))
+    ],
+    "binary_cross_entropy": [
+        (ValueError, "target must be from 0 to 1", (Z, bad))
+        for bad in (1.1 * Z, -0.1 * Z, Z * math.nan)
+    ],
+    "mean_squared_error": [],
+    "mean_absolute_error": [],
+    "huber": [(ValueError, "delta must be > 0", (Z, Z, bad)) for bad in (0, math.nan, math.inf)],
+    "l2_penalty": [
+        (ValueError, "coefficient must be >= 0", ({}, -1)),
+        (TypeError, "must be a dict", (Z, 1)),
+    ],
+    "sgd": [
+        (ValueError, "lr must be >= 0", (-1,)),
+        (ValueError, "momentum must be >= 0 and < 1", (1, 1)),
+        (ValueError, "momentum", (1, -0.1)),
+        (ValueError, "nesterov needs a momentum", (1, 0, True)),
+        (ValueError, "weight_decay must be >= 0", (1, 0, False, -1)),
+    ],
+    "adam": [
+        (ValueError, "beta1 must be >= 0 and < 1", (1, 1)),
+        (ValueError, "beta2 must be >= 0 and < 1", (1, 0, 1)),
+        (ValueError, "eps must be > 0", (1, 0, 0, 0)),
+        (ValueError, "weight_decay", (1, 0, 0, 1, math.nan)),
+    ],
+    "adamw": [
+        (ValueError, "beta1", (1, -0.1)),
+        (ValueError, "beta2", (1, 0, -0.1)),
+        (ValueError, "eps", (1, 0, 0, math.inf)),
+        (ValueError, "weight_decay", (1, 0, 0, 1, -1)),
+    ],
+    "rmsprop": [
+        (ValueError, "decay must be >= 0 and < 1", (1, 1)),
+        (ValueError, "eps", (1, 0, 0)),
+        (ValueError, "momentum", (1, 0, 1, 1)),
+        (ValueError, "weight_decay", (1, 0, 1, 0, -1)),
+    ],
+    "adagrad": [(ValueError, "eps", (1, 0)), (ValueError, "weight_decay", (1, 1, -1))],
+    "adadelta": [
+        (ValueError, "decay", (1, 1)),
+        (ValueError, "eps", (1, 0, 0)),
+        (ValueError, "weight_decay", (1, 0, 1, -1)),
+    ],
+    "step_decay": [
+        (ValueError, "every must be at least 1", (1, 0)),
+        (ValueError, "factor must be >= 0 and <= 1", (1, 1, 2)),
+        (ValueError, "lr", (-1, 1)),
+    ],
+    "multistep": [
+        (TypeError, "milestones must be a sequence, got int", (1, 3)),
+        (TypeError, "milestones must be a sequence", (1, "3")),
+        (TypeError, "every milestone", (1, [1.5])),
+        (ValueError, "every milestone must be at least 0", (1, [-1])),
+        (ValueError, "factor", (1, [1], -1)),
+        (ValueError, "lr", (math.nan, [1])),
+    ],
+    "exponential": [(ValueError, "decay", (1, 1.1)), (ValueError, "lr", (-1, 1))],
+    "cosine": [
+        (ValueError, "steps must be at least 1", (1, 0)),
+        (ValueError, "lr", (-1, 1)),
+        (ValueError, "final", (1, 1, -1)),
+    ],
+    "cyclic": [
+        (ValueError, "half_cycle must be at least 1", (1, 1, 0)),
+        (ValueError, "low", (-1, 1, 1)),
+        (ValueError, "high", (1, -1, 1)),
+    ],
+    "one_cycle": [
+        (ValueError, "steps must be at least 1", (1, 0)),
+        (ValueError, "peak", (-1, 1)),
+        (ValueError, "rise", (1, 1, 1.1)),
+    ],
+    "warmup": [
+        (ValueError, "steps must be at least 1", (1, 0)),
+        (ValueError, "schedule must be >= 0", (-1, 1)),
+        (TypeError, "schedule must be a number", ("1", 1)),
+    ],
+    "reduce_on_plateau": [
+        (ValueError, "expected an optimiser's state", ({}, 1)),
+        (ValueError, "expected an optimiser's state", (None, 1)),
+        (TypeError, "loss must be a number", (nn.adam().init({}), "1")),
+        (TypeError, "loss must be a number", (nn.adam().init({}), True)),
+        (ValueError, "factor", (nn.adam().init({}), 1, 2)),
+        (ValueError, "patience", (nn.adam().init({}), 1, 0.5, -1)),
+        (ValueError, "threshold must be >= 0 and < 1", (nn.adam().init({}), 1, 0.5, 1, 1)),
+    ],
+    "check_gradients": [
+        (TypeError, "x must be a NumPy array", (nn.relu(), {}, [1.0])),
+        (ValueError, "rtol must be > 0", (nn.relu(), {}, Z, 0)),
+    ],
+    "value_and_grad": [
+        (TypeError, "expected a network", (None, nn.hinge)),
+        (TypeError, "and a loss, got Layer and NoneType", (nn.relu(), None)),
+    ],
+    "accuracy": [
+        (TypeError, "logits must be a NumPy array", ([1], LABELS)),
+        (TypeError, "labels must be a NumPy array", (Z, [0, 2])),
+        (ValueError, "labels must be from 0 to 2, got 0 to 3", (Z, np.array([0, 3]))),
+    ],
+    "batches": [
+        (ValueError, "count must be at least 1", (0, 1, 0)),
+        (ValueError, "size must be at least 1", (1, 0, 0)),
+        (TypeError, "key", (1, 1, "0")),
+    ],
+    "draw_digits": [
+        (ValueError, "count must be at least 1", (0, 0)),
+        (ValueError, "size must be at least 8", (0, 1, 7)),
+    ],
+    **{
+        f"{name}_init": [(TypeError, "shape must be a tuple", (0, 3))]
+        for name in ("identity", "flatten", "softmax", "batch_norm", "layer_norm")
+    },
+    **{
+        f"{name}_forward": [
+            (TypeError, f"{name}: x must be a NumPy array", ({}, [1.0])),
+            (TypeError, f"{name}: params must be a dict", (None, Z)),
+        ]
+        for name in PAIRS
+    },
+    **{
+        f"{name}_backward": [((TypeError, ValueError), name, ({"W": Z.T}, None, Z))]
+        for name in PAIRS
+    },
+}
+for name in ("softmax_cross_entropy", "cross_entropy"):
+    MISUSE[name] += [
+        (ValueError, "target probabilities must be numbers from 0 to 1", (Z, 1.1 * Z)),
+        (ValueError, "target probabilities must be", (Z, -0.1 * Z)),
+        (ValueError, "target probabilities must be", (Z, Z * math.nan)),
+        (ValueError, "target probabilities must be", (Z, Z.astype(complex))),
+        (
+            ValueError,
+            r"target has shape \(2, 2\), but the prediction \(2, 3\)",
+            (Z, np.ones((2, 2))),
+        ),
+    ]
+for name in ("softmax_cross_entropy", "cross_entropy", "hinge"):
+    MISUSE[name] += [
+        (TypeError, "must be a NumPy array", ([[1.0]], LABELS)),
+        (TypeError, "must be float32 or float64", (Z.astype(int), LABELS)),
+        (ValueError, r"must be \(N, classes\), got shape \(2,\)", (np.ones(2), LABELS)),
+        (ValueError, "must not be empty", (np.ones((0, 3)), LABELS[:0])),
+        (TypeError, "labels must be a NumPy array", (Z, [0, 1])),
+        (ValueError, r"labels must have shape \(2,\), got \(3,\)", (Z, np.array([0, 1, 2]))),
+        (ValueError, "labels must be whole numbers", (Z, np.array([0.0, 1.0]))),
+        (ValueError, "labels must be from 0 to 2, got 0 to 3", (Z, np.array([0, 3]))),
+        (ValueError, "labels must be from 0 to 2, got -1 to 0", (Z, np.array([0, -1]))),
+    ]
+for name in ("binary_cross_entropy", "mean_squared_error", "mean_absolute_error", "huber"):
+    MISUSE[name] += [
+        (TypeError, "prediction must be a NumPy array", ([1.0], Z)),
+        (TypeError, "target must be an array of numbers, got list", (Z, [[1.0]])),
+        (TypeError, "target must be an array of numbers", (Z, Z.astype(object))),
+        (ValueError, r"target has shape \(2,\), but the prediction \(2, 3\)", (Z, LABELS)),
+        (ValueError, "must not be empty", (Z[:0], Z[:0])),
+    ]
+ELSEWHERE = {"save", "load", "read_idx", "read_dataset", "download_mnist"}  # under "Files"
+NO_MISUSE = {
+    "Layer": "a tuple of three functions",
+    "Optimizer": "a tuple of two functions",
+    "MNIST_MIRRORS": "a constant",
+    **{name: "takes no arguments" for name in ("identity", "flatten", "relu", "sigmoid", "tanh")},
+    **{
+        name: "takes no arguments"
+        for name in ("softplus", "gelu", "silu", "softmax", "log_softmax")
+    },
+    **{
+        f"{name}_{function}": "reached through its constructor, in the harness"
+        for name in ("sequential", "residual")
+        for function in ("init", "forward", "backward")
+    },
+    "linear_init": "reached through linear",
+}
+
+
+@pytest.mark.parametrize("name", MISUSE)
+def test_misuse_is_refused_in_one_sentence(name):
+    for exception, words, arguments in MISUSE[name]:
+        function = getattr(nn, name)
+        if name.endswith(("_forward", "_backward")):
+            layer, _, kind = name.rpartition("_")
+            options = BOUND.get(layer, {"rate": 0.5} if layer == "dropout" else {})
+            if kind == "forward" or layer in ("leaky_relu", "elu"):
+                function = partial(function, **options)
+        with pytest.raises(exception, match=words) as refused:
+            function(*arguments)
+        assert "\n" not in str(refused.value)
+
+
+def test_every_public_name_is_in_the_table_of_misuse():
+    assert set(nn.__all__) == set(MISUSE) | set(NO_MISUSE) | ELSEWHERE
+    assert not set(MISUSE) & set(NO_MISUSE)
+    for name in nn.__all__:
+        assert hasattr(nn, name)
+        if callable(getattr(nn, name)):
+            assert getattr(nn, name).__doc__
+    public = {
+        name
+        for name, value in vars(nn).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == "purenn"
+    }
+    assert public <= set(nn.__all__)
+
+
+def test_names_of_layers_are_checked():
+    for bad in ("key", "", "a/b"):
+        with pytest.raises(ValueError, match=f"sequential: a layer cannot be called '{bad}'"):
+            nn.sequential(**{bad: nn.relu()})
+    with pytest.raises(ValueError, match="sequential: a layer cannot be called '0'"):
+        nn.sequential(nn.relu(), **{"0": nn.relu()})
+
+
+# ------------------------------------------------------------------------------------------------
+# Files: save and load
+# ------------------------------------------------------------------------------------------------
+
+STORED_TYPES = ["?", "i1", "u1", "<i4", ">i4", "i8", "u8", "f2", "<f4", ">f4", "f8"]
+
+
+@st.composite
+def arrays_of_all_kinds(draw):
+    shape = tuple(draw(st.lists(st.integers(0, 3), max_size=3)))
+    values = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 2, shape)
+    array = np.asarray(values, draw(st.sampled_from(STORED_TYPES)))
+    return draw(
+        st.sampled_from([array, np.asfortranarray(array), array[..., ::-1] if shape else array])
+    )
+
+
+stored_trees = st.recursive(
+    st.dictionaries(names, arrays_of_all_kinds(), max_size=3),
+    lambda children: st.dictionaries(
+        names, children | arrays_of_all_kinds(), min_size=1, max_size=3
+    ),
+    max_leaves=6,
+)
+
+
+@given(tree=stored_trees)
+def test_load_gives_back_what_was_saved(tmp_path_factory, tree):
+    path = tmp_path_factory.mktemp("save") / "any name"
+    nn.save(path, tree)
+    loaded, expected = nn.tree_flatten(nn.load(str(path))), nn.tree_flatten(tree)
+    assert list(loaded) == list(expected)
+    for name, leaf in expected.items():
+        assert (loaded[name].dtype, loaded[name].shape) == (
+            leaf.dtype.newbyteorder("="),
+            leaf.shape,
+        )
+        np.testing.assert_array_equal(loaded[name], leaf)
+        assert loaded[name].flags.writeable
+    first = path.read_bytes()
+    nn.save(path, tree)
+    assert path.read_bytes() == first
+    with np.load(path) as archive:
+        assert set(archive.files) == set(expected)
+
+
+def test_save_takes_numpy_scalars_and_odd_names(tmp_path):
+    nn.save(tmp_path / "x", {"file": np.float32(2), "a.npy": {"allow_pickle": np.int64(3)}})
+    loaded = nn.load(tmp_path / "x")
+    assert (loaded["file"], loaded["a.npy"]["allow_pickle"]) == (2, 3)
+    assert loaded["file"].shape == ()
+
+
+def test_save_refuses_what_load_would_not_read(tmp_path):
+    for bad in (
+        [1.0],
+        1.0,
+        "text",
+        None,
+        np.array(["text"]),
+        np.array([None]),
+        np.ones(2, complex),
+    ):
+        with pytest.raises(TypeError, match="save: 'net/W' must be an array of numbers, got"):
+            nn.save(tmp_path / "x", {"net": {"W": bad}})
+    with pytest.raises(TypeError, match="must be a dict"):
+        nn.save(tmp_path / "x", np.ones(3))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("fails", ["fsync", "replace"])
+def test_a_failing_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, fails):
+    path = tmp_path / "model.npz"
+    nn.save(path, {"a": np.ones(2)})
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, fails, full)
+        with pytest.raises(OSError, match="No space left"):
+            nn.save(path, {"a": np.zeros(2)})
+    np.testing.assert_array_equal(nn.load(path)["a"], [1, 1])
+    assert os.listdir(tmp_path) == ["model.npz"]
+
+
+def test_save_is_on_the_disk_before_it_takes_the_old_files_place(tmp_path, monkeypatch):
+    events = []
+    real_sync, real_replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda d: (events.append("sync"), real_sync(d)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), real_replace(a, b)))
+    nn.save(tmp_path / "x", {"a": np.ones(2)})
+    assert events == ["sync", "replace"]
+
+
+def small_file(folder):
+    path = folder / "small.npz"
+    nn.save(path, {"a": np.arange(3, dtype=np.float32), "b": {"c": np.array(5)}})
+    return path, path.read_bytes()
+
+
+def refused_or_right(path, expected):
+    """Whether a file is refused with its name; else it must give the right arrays."""
+    try:
+        loaded = nn.load(path)
+    except ValueError as error:
+        message = str(error)
+    else:
+        assert all_bytes(loaded) == all_bytes(expected)
+        return False
+    assert message.startswith(f"{path}: cannot be read: ")
+    return True
+
+
+def test_load_refuses_a_file_cut_off_anywhere(tmp_path):
+    path, whole = small_file(tmp_path)
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        assert refused_or_right(path, None)
+
+
+def test_load_survives_every_flipped_bit(tmp_path):
+    path, whole = small_file(tmp_path)
+    expected, refused = nn.load(path), 0
+    for position in range(len(whole) * 8):
+        broken = bytearray(whole)
+        broken[position // 8] ^= 1 << position % 8
+        path.write_bytes(broken)
+        try:
+            refused += refused_or_right(path, expected)
+        except AssertionError:  # a name is not covered by a checksum, so another one is right
+            others, values = nn.tree_flatten(nn.load(path)), nn.tree_flatten(expected)
+            assert all_bytes(*others.values()) == all_bytes(*values.values())
+    assert refused > len(whole) * 4
+
+
+def archive_of(path, members, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return path
+
+
+def npy(array, **header):
+    """The bytes of a .npy file, with parts of its header replaced."""
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array, allow_pickle=True)
+    content = file.getvalue()
+    for old, new in header.values():
+        assert len(old) == len(new)
+        assert old in content
+        content = content.replace(old, new)
+    return content
+
+
+class Trap:
+    """Code that a pickle would run."""
+
+    def __reduce__(self):
+        return os.mkdir, ("trapped",)
+
+
+GOOD = npy(np.ones(3))
+HOSTILE = {
+    "a pickle": [("a.npy", npy(np.array([Trap()], dtype=object)))],
+    "text": [("a.npy", npy(np.array(["abc"])))],
+    "complex numbers": [("a.npy", npy(np.ones(2, complex)))],
+    "a huge claim": [("a.npy", npy(np.ones(3), shape=(b"(3,), }       ", b"(999999999,),}")))],
+    "a negative claim": [("a.npy", npy(np.ones(3), shape=(b"(3,), ", b"(-3,),")))],
+    "too small a claim": [("a.npy", npy(np.ones(3), shape=(b"(3,)", b"(2,)")))],
+    "zero times huge": [
+        ("a.npy", npy(np.ones((0, 1)), shape=(b"(0, 1), }    ", b"(0, 99999),} ")))
+    ],
+    "too much": [("a.npy", GOOD + b"x")],
+    "too little": [("a.npy", GOOD[:-1])],
+    "another version": [("a.npy", GOOD.replace(b"NUMPY\x01", b"NUMPY\x03"))],
+    "no array": [("a.npy", b"")],
+    "another file": [("a.txt", GOOD)],
+    "no name": [(".npy", GOOD)],
+    "a name without ending": [("npy", GOOD)],
+    "the same name twice": [("a.npy", GOOD), ("a.npy", GOOD)],
+    "clashing names": [("a.npy", GOOD), ("a/b.npy", GOOD)],
+    "an empty part": [("a//b.npy", GOOD)],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("name", HOSTILE)
+def test_load_refuses_hostile_files(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = archive_of("hostile.npz", HOSTILE[name])
+    if name == "zero times huge":  # nothing is wrong with that
+        assert nn.load(path)["a"].shape == (0, 99999)
+        return
+    with pytest.raises(ValueError, match=r"^hostile.npz: cannot be read: .+"):
+        nn.load(path)
+    assert os.listdir() == ["hostile.npz"]
+
+
+def test_load_refuses_what_is_not_a_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        nn.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="cannot be read"):
+        nn.load(tmp_path)
+    (tmp_path / "empty").write_bytes(b"")
+    with pytest.raises(ValueError, match="empty: cannot be read"):
+        nn.load(tmp_path / "empty")
+
+
+def peak_memory(function):
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_bombs_are_refused_before_they_go_off(tmp_path):
+    zeros = npy(np.zeros(30_000_000, np.uint8))
+    bomb = archive_of(tmp_path / "bomb.npz", [("x_train.npy", zeros)], zipfile.ZIP_DEFLATED)
+    claim = tmp_path / "claim-idx3-ubyte"
+    claim.write_bytes(struct.pack(">4B3I", 0, 0, 8, 3, 2**31, 2**31, 2**31))
+    packed = tmp_path / "packed"
+    packed.write_bytes(gzip.compress(claim.read_bytes()))
+
+    def refuse(read, path):
+        with pytest.raises(ValueError, match="cannot be read"):
+            read(path)
+
+    for read, path in (
+        (nn.load, bomb), (nn.read_dataset, bomb), (nn.read_idx, claim), (nn.read_idx, packed),
+    ):  # fmt: skip
+        assert peak_memory(lambda read=read, path=path: refuse(read, path)) < 2_000_000
+
+
+# ------------------------------------------------------------------------------------------------
+# Files: data sets
+# ------------------------------------------------------------------------------------------------
+
+IDX_CODES = {"u1": 0x08, "i1": 0x09, ">i2": 0x0B, ">i4": 0x0C, ">f4": 0x0D, ">f8": 0x0E}
+
+
+def idx(array, code=None):
+    """The bytes of an IDX file."""
+    code = (
+        IDX_CODES[array.dtype.str[-2:] if array.dtype.itemsize == 1 else array.dtype.str]
+        if code is None
+        else code
+    )
+    header = struct.pack(f">4B{array.ndim}I", 0, 0, code, array.ndim, *array.shape)
+    return header + array.tobytes()
+
+
+@given(
+    shape=st.lists(st.integers(0, 4), min_size=1, max_size=4).map(tuple),
+    kind=st.sampled_from(list(IDX_CODES)),
+    packed=st.booleans(),
+)
+def test_idx_files_of_all_kinds_are_read(tmp_path_factory, shape, kind, packed):
+    path = tmp_path_factory.mktemp("idx") / "file"
+    array = np.random.default_rng(0).integers(0, 100, shape).astype(kind)
+    path.write_bytes(gzip.compress(idx(array)) if packed else idx(array))
+    read = nn.read_idx(path)
+    assert (read.dtype, read.shape) == (np.dtype(kind).newbyteorder("="), shape)
+    np.testing.assert_array_equal(read, array)
+    assert read.flags.writeable
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_files_cut_off_or_too_long_or_not_idx_are_refused(tmp_path, packed):
+    path, content = tmp_path / "file", idx(np.arange(6, dtype=np.uint8).reshape(2, 3))
+    pack = gzip.compress if packed else bytes
+    whole = pack(content)
+    broken = [whole[:length] for length in range(len(whole))]
+    broken += [pack(content[:length]) for length in range(len(content))]
+    broken += [pack(content + b"x"), pack(b"\0\1" + content[2:]), pack(b"\0\0\x07" + content[3:])]
+    broken += [pack(struct.pack(">4B2I", 0, 0, 8, 2, 2**32 - 1, 2**32 - 1) + b"123456")]
+    for bytes_ in broken:
+        path.write_bytes(bytes_)
+        with pytest.raises(ValueError, match=f"^{path}: cannot be read: .+"):
+            nn.read_idx(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        nn.read_idx(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        nn.read_idx(tmp_path / "nowhere")
+
+
+def digits(count=6, shape=(4, 5), classes=3):
+    images = np.random.default_rng(count).integers(0, 256, (count, *shape)).astype(np.uint8)
+    images.flat[0] = 255
+    return images, (np.arange(count) % classes).astype(np.uint8)
+
+
+def idx_folder(folder, style="train-images-idx3-ubyte", packed=False, change=None):
+    """A folder with the four files; `change` may replace arrays."""
+    parts = dict(zip(("x_train", "y_train"), digits(6), strict=True))
+    parts.update(zip(("x_test", "y_test"), digits(4), strict=True))
+    parts.update(change or {})
+    starts = {"x_train": "train-images", "y_train": "train-labels"}
+    starts.update({"x_test": "t10k-images", "y_test": "t10k-labels"})
+    for part, array in parts.items():
+        name = style.replace("train-images", starts[part]).replace("3", str(array.ndim))
+        content = idx(array)
+        (folder / (name + ".gz" * packed)).write_bytes(
+            gzip.compress(content) if packed else content
+        )
+    return parts
+
+
+def assert_same_data(data, parts):
+    for part in ("train", "test"):
+        images = parts[f"x_{part}"][:, None].astype(np.float32) / np.float32(255)
+        np.testing.assert_array_equal(data[f"x_{part}"], images)
+        assert data[f"x_{part}"].dtype == np.float32
+        np.testing.assert_array_equal(data[f"y_{part}"], parts[f"y_{part}"])
+        assert data[f"y_{part}"].dtype == np.int64
+    assert list(data) == ["x_train", "x_test", "y_train", "y_test"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("style", ["train-images-idx3-ubyte", "train-images.idx3-ubyte"])
+def test_a_folder_of_idx_files_is_a_data_set(tmp_path, style, packed):
+    parts = idx_folder(tmp_path, style, packed)
+    (tmp_path / "notes.txt").write_text("not data")
+    assert_same_data(nn.read_dataset(str(tmp_path)), parts)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("by", ["folder", "file"])
+def test_a_keras_style_archive_is_a_data_set(tmp_path, save, by):
+    (tmp_path / "idx").mkdir()
+    parts = idx_folder(tmp_path / "idx")
+    (tmp_path / "npz").mkdir()
+    save(tmp_path / "npz" / "data.npz", **parts, more=np.ones(3))
+    path = tmp_path / "npz"
+    assert_same_data(nn.read_dataset(path if by == "folder" else path / "data.npz"), parts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels"),
+    [((4, 5), 1), ((4, 5, 1), 1), ((4, 5, 3), 3), ((1, 4, 5), 1), ((3, 4, 5), 3), ((3, 4, 3), 3)],
+)
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, np.float64])
+def test_images_of_any_layout_become_channels_first(tmp_path, shape, channels, kind):
+    images, labels = digits(6, shape)
+    first = images.reshape(6, 1, 4, 5) if channels == 1 else images
+    if channels == 3 and shape[0] != 3:
+        first = np.moveaxis(images, -1, 1)
+    given_images = images.astype(kind) / 255 if kind == np.float64 else images.astype(kind)
+    arrays = {
+        "x_train": given_images,
+        "y_train": labels[:, None],
+        "x_test": given_images,
+        "y_test": labels,
+    }
+    np.savez(tmp_path / "data.npz", **arrays)
+    data = nn.read_dataset(tmp_path / "data.npz")
+    np.testing.assert_allclose(data["x_train"], first / 255, rtol=1e-6)
+    assert data["x_train"].flags.c_contiguous
+    np.testing.assert_array_equal(data["y_train"], labels)
+
+
+BROKEN_SETS = {
+    "images of another size": ({"x_test": digits(4, (5, 5))[0]}, "differ in size"),
+    "fewer labels": ({"y_train": digits(5)[1]}, r"y_train: labels must have shape \(6,\)"),
+    "more labels": ({"y_test": digits(5)[1]}, r"y_test: labels must have shape \(4,\)"),
+    "a class never trained": (
+        {"y_test": np.full(4, 3, np.uint8)},
+        "y_test: labels must be from 0 to 2",
+    ),
+    "negative labels": ({"y_train": np.full(6, -1, np.int8)}, "y_train: labels must be from 0"),
+    "no images": ({"x_train": np.zeros((0, 4, 5), np.uint8)}, "images must be"),
+    "flat images": ({"x_train": np.zeros((6, 20), np.uint8)}, "images must be"),
+    "half labels": ({"y_train": np.full(6, 0.5, ">f4")}, "labels must be whole numbers"),
+    "images of nan": ({"x_train": np.full((6, 4, 5), np.nan, ">f4")}, "images must be finite"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_SETS)
+def test_data_that_do_not_fit_together_are_refused(tmp_path, name):
+    change, message = BROKEN_SETS[name]
+    idx_folder(tmp_path, change=change)
+    with pytest.raises(ValueError, match=f"^{tmp_path}: cannot be read: .*{message}"):
+        nn.read_dataset(tmp_path)
+
+
+def test_missing_parts_of_a_data_set_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: there is no such file or folder"):
+        nn.read_dataset(tmp_path / "nowhere")
+    with pytest.raises(
+        ValueError, match="missing: train-images, train-labels, t10k-images, t10k-labels"
+    ):
+        nn.read_dataset(tmp_path)
+    idx_folder(tmp_path)
+    os.remove(tmp_path / "t10k-labels-idx1-ubyte")
+    with pytest.raises(ValueError, match=r"missing: t10k-labels\) or one .npz file, found 0"):
+        nn.read_dataset(tmp_path)
+    np.savez(tmp_path / "a.npz", x_train=np.ones(3))
+    with pytest.raises(ValueError, match=r"a.npz: cannot be read: expected .* found \['x_train'\]"):
+        nn.read_dataset(tmp_path)
+    np.savez(tmp_path / "b.npz", x_train=np.ones(3))
+    with pytest.raises(ValueError, match="one .npz file, found 2 of these"):
+        nn.read_dataset(tmp_path)
+
+
+def test_drawn_digits_are_all_there_and_differ():
+    for size in (16, 28):
+        images, labels = nn.draw_digits(5, 300, size)
+        assert (images.shape, images.dtype, labels.shape) == ((300, size, size), np.uint8, (300,))
+        assert set(labels) == set(range(10))
+        assert images.max(axis=(1, 2)).min() > 100
+        again, same = nn.draw_digits(5, 300, size)
+        assert all_bytes(again, same) == all_bytes(images, labels)
+        assert not np.array_equal(nn.draw_digits(6, 300, size)[0], images)
+
+
+def test_drawn_digits_need_more_than_a_linear_classifier():
+    images, labels = nn.draw_digits(7, 4_000, 16)
+    x = (images / np.float32(255)).reshape(len(images), -1)
+    scores = []
+    for hidden in ((), (nn.linear(96), nn.relu())):
+        net = nn.sequential(*hidden, nn.linear(10))
+        params, _ = net.init(0, (256,))
+        optimizer = nn.adam(0.003)
+        state = optimizer.init(params)
+        function = nn.value_and_grad(net, nn.softmax_cross_entropy)
+        for epoch in range(15):
+            for index in nn.batches(3_000, 50, (1, epoch)):
+                _, grads, _ = function(params, x[index], labels[index])
+                params, state = optimizer.step(params, grads, state)
+        scores.append(nn.accuracy(net.forward(params, x[3_000:])[0], labels[3_000:]))
+    linear, mlp = scores
+    assert 0.7 < linear < 0.9
+    assert mlp > linear + 0.05
+
+
+# ------------------------------------------------------------------------------------------------
+# The download, from servers on loopback
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_mnist(monkeypatch):
+    """Small files in the place of MNIST's, with their true sizes and digests."""
+    images, labels = digits(6)
+    contents = {
+        "t10k-labels-idx1-ubyte.gz": idx(labels),
+        "train-labels-idx1-ubyte.gz": idx(labels[::-1].copy()),
+        "t10k-images-idx3-ubyte.gz": idx(images),
+        "train-images-idx3-ubyte.gz": idx(images[::-1].copy()),
+    }
+    monkeypatch.setattr(
+        nn,
+        "_MNIST_FILES",
+        {name: (len(c), hashlib.sha256(c).hexdigest()) for name, c in contents.items()},
+    )
+    return {name: gzip.compress(content, mtime=0) for name, content in contents.items()}
+
+
+class Mirror(http.server.BaseHTTPRequestHandler):
+    """A mirror that behaves as its server's `manner` says."""
+
+    def do_GET(self):
+        self.server.requests.append(self.path)
+        folder, _, name = self.path.rpartition("/")
+        content = self.server.files.get(name) if folder == "/mnist" else None
+        manner = self.server.manner
+        if manner == "good at first" and name.startswith("train"):
+            manner = "not there"
+        if manner == "never answers":
+            self.server.closing.wait(30)
+            return
+        if content is None or manner == "not there":
+            self.send_error(404)
+            return
+        if manner == "wrong bytes":
+            content = gzip.compress(b"something else")
+        if manner == "not even packed":
+            content = b"<html>log in first</html>"
+        if manner == "too long":
+            content = content + bytes(100_000)
+        self.send_response(200)
+        if manner != "no length":
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2 if manner == "breaks off" else None])
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def mirror(fake_mnist):
+    """A function that starts a mirror and gives its server."""
+    servers = []
+
+    def start(manner):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
+        server.files, server.manner, server.requests = fake_mnist, manner, []
+        server.closing = threading.Event()
+        server.url = f"http://127.0.0.1:{server.server_port}/mnist"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.closing.set()
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def closed_port():
+    """The address of a port on which nobody listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    return f"http://127.0.0.1:{port}/mnist"
+
+
+def test_download_fetches_verifies_and_reports(tmp_path, mirror, fake_mnist):
+    seen = []
+    folder = tmp_path / "data" / "mnist"
+    nn.download_mnist(folder, [mirror("good").url], progress=lambda *call: seen.append(call))
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == fake_mnist
+    assert seen == [(name, len(packed), len(packed)) for name, packed in fake_mnist.items()]
+    assert nn.read_dataset(folder)["x_train"].shape == (6, 1, 4, 5)
+
+
+def test_download_without_a_length_is_verified_all_the_same(tmp_path, mirror, fake_mnist):
+    seen = []
+    nn.download_mnist(tmp_path, [mirror("no length").url], progress=lambda *call: seen.append(call))
+    assert sorted(os.listdir(tmp_path)) == sorted(fake_mnist)
+    assert {total for _, _, total in seen} == {0}
+
+
+BAD_MANNERS = [
+    "breaks off",
+    "wrong bytes",
+    "not even packed",
+    "too long",
+    "not there",
+    "never answers",
+]
+
+
+@pytest.mark.parametrize("manner", BAD_MANNERS)
+def test_download_turns_to_another_mirror(tmp_path, mirror, fake_mnist, manner):
+    bad, good = mirror(manner), mirror("good")
+    nn.download_mnist(tmp_path, [bad.url, good.url], timeout=0.5)
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == fake_mnist
+    assert len(bad.requests) <= 1
+
+
+def test_download_goes_on_at_another_mirror_in_the_middle(tmp_path, mirror, fake_mnist):
+    fickle, good = mirror("good at first"), mirror("good")
+    good.manner = "not there"
+    asked = []
+
+    def recover(name, done, total):
+        asked.append(name)
+        good.manner = "good"
+
+    nn.download_mnist(tmp_path, [good.url, fickle.url], progress=recover)
+    assert sorted(os.listdir(tmp_path)) == sorted(fake_mnist)
+    assert asked == list(fake_mnist)
+
+
+@pytest.mark.parametrize("manner", BAD_MANNERS)
+def test_download_gives_up_in_time_and_leaves_nothing(tmp_path, mirror, closed_port, manner):
+    started = time.monotonic()
+    with pytest.raises(OSError, match="none of 2 mirrors answered within 0.4 s: .+"):
+        nn.download_mnist(tmp_path / "new", [closed_port, mirror(manner).url], patience=0.4)
+    assert time.monotonic() - started < 3  # a bound, not a speed: the server may sleep for 30 s
+    assert os.listdir(tmp_path) == []
+
+
+def test_download_that_fails_in_the_middle_keeps_whole_files_only(tmp_path, mirror):
+    with pytest.raises(OSError, match="no mirror gives train-labels-idx1-ubyte.gz: .* 404"):
+        nn.download_mnist(tmp_path, [mirror("good at first").url])
+    assert os.listdir(tmp_path) == ["t10k-labels-idx1-ubyte.gz"]
+
+
+def test_download_keeps_good_files_and_replaces_bad_ones(tmp_path, mirror, fake_mnist):
+    good = mirror("good")
+    kept, bad = "t10k-images-idx3-ubyte.gz", "train-images-idx3-ubyte.gz"
+    (tmp_path / kept).write_bytes(fake_mnist[kept])
+    (tmp_path / bad).write_bytes(fake_mnist[kept])
+    nn.download_mnist(tmp_path, [good.url])
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == fake_mnist
+    assert f"/mnist/{kept}" not in good.requests
+    assert f"/mnist/{bad}" in good.requests
+
+
+def test_download_without_mirrors_says_so(tmp_path):
+    with pytest.raises(OSError, match="none of 0 mirrors answered"):
+        nn.download_mnist(tmp_path, [])
+
+
+def test_the_digests_are_those_of_mnist():
+    assert len(nn.MNIST_MIRRORS) >= 2
+    files = {name: nn._MNIST_FILES[name] for name in sorted(nn._MNIST_FILES)}
+    assert files == {
+        "t10k-images-idx3-ubyte.gz": (
+            7_840_016,
+            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        ),
+        "t10k-labels-idx1-ubyte.gz": (
+            10_008,
+            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        ),
+        "train-images-idx3-ubyte.gz": (
+            47_040_016,
+            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        ),
+        "train-labels-idx1-ubyte.gz": (
+            60_008,
+            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        ),
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# The script, as a user runs it
+# ------------------------------------------------------------------------------------------------
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent
+LAST_LINE = re.compile(r"test_accuracy=(\d\.\d{4}) test_loss=(\d+\.\d{4}) seconds=\d+\.\d")
+
+
+def blobs(count, shape, classes, key):
+    """Images whose class is how bright they are: quick to learn whatever their size."""
+    rng = np.random.default_rng(key)
+    labels = rng.integers(0, classes, count)
+    labels[:classes] = np.arange(classes)
+    level = (labels + 0.5) * (255 / classes)
+    noise = rng.normal(0, 10, (count, *shape))
+    images = level.reshape(-1, *[1] * len(shape)) + noise
+    return np.clip(images, 0, 255).astype(np.uint8), labels
+
+
+@pytest.fixture(scope="module")
+def blob_file(tmp_path_factory):
+    """A Keras-style file of 4 classes and colour images of 9 x 6: nothing as in MNIST."""
+    path = tmp_path_factory.mktemp("blobs") / "blobs.npz"
+    x_train, y_train = blobs(200, (9, 6, 3), 4, 1)
+    x_test, y_test = blobs(50, (9, 6, 3), 4, 2)
+    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    return str(path)
+
+
+def train_on(blob_file, *arguments):
+    quick = ["--data", blob_file, "--epochs", "2", "--hidden", "8", "--batch-size", "16"]
+    return train_mlp.main([*quick, *arguments])
+
+
+def test_script_learns_the_built_in_digits_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, str(REPOSITORY / "train_mlp.py"), "--data", "builtin"]
+    options = ["--hidden", "32", "--epochs", "3", "--lr", "0.01", "--out", str(tmp_path / "out")]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0] == (
+        "digits drawn by purenn: 10,800 training, 1,200 validation and 2,000 test images"
+        " of 1x28x28, 10 classes; 25,482 parameters to train"
+    )
+    assert [line.split("  ")[0] for line in lines[1:-1]] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    accuracy = float(LAST_LINE.fullmatch(lines[-1])[1])
+    assert accuracy > 0.9
+    params = nn.load(tmp_path / "out" / "model.npz")
+    assert params["hidden1"]["W"].shape == (784, 32)
+    assert list(params) == ["hidden1", "norm1", "out"]
+
+
+def test_script_learns_colour_images_of_any_size(blob_file, capsys):
+    assert train_on(blob_file, "--epochs", "12", "--lr", "0.02") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "180 training, 20 validation and 50 test images of 3x9x6, 4 classes" in lines[0]
+    assert float(LAST_LINE.fullmatch(lines[-1])[1]) > 0.9
+
+
+def test_script_gives_the_same_bits_for_the_same_seed(blob_file, tmp_path):
+    for folder, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        assert train_on(blob_file, "--seed", seed, "--out", str(tmp_path / folder)) == 0
+    for name in ("model.npz", "metrics.csv"):
+        a, b, c = ((tmp_path / folder / name).read_bytes() for folder in "abc")
+        assert a == b
+        assert a != c
+
+
+def test_script_keeps_the_best_epoch_and_all_metrics(blob_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train_on(blob_file, "--epochs", "6", "--out", str(out), "--schedule", "constant") == 0
+    last = LAST_LINE.fullmatch(capsys.readouterr().out.splitlines()[-1])
+    with open(out / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == list("123456")
+    assert [int(row["step"]) for row in rows] == [12, 24, 36, 48, 60, 72]
+    assert list(rows[0])[2:] == ["loss", "accuracy", "validation_loss", "validation_accuracy"]
+
+    parser = train_mlp.new_parser("")
+    train_mlp.add_network_options(parser, hidden=[8])
+    net = train_mlp.build_mlp(parser.parse_args([]), 4)
+    params, data = nn.load(out / "model.npz"), nn.read_dataset(blob_file)
+    loss = nn.softmax_cross_entropy
+    loss, accuracy = train_mlp.evaluate(net, params, loss, data["x_test"], data["y_test"])
+    assert (f"{accuracy:.4f}", f"{loss:.4f}") == last.groups()
+
+    held_out, size = train_mlp.split_off(data, None, 0)
+    assert size == 20
+    images, labels = held_out["x_validation"], held_out["y_validation"]
+    _, accuracy = train_mlp.evaluate(net, params, nn.softmax_cross_entropy, images, labels)
+    assert accuracy == max(float(row["validation_accuracy"]) for row in rows)
+
+
+def test_script_without_validation_keeps_the_last_epoch(blob_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train_on(blob_file, "--validation", "0", "--out", str(out)) == 0
+    assert "200 training, 0 validation" in capsys.readouterr().out
+    header = (out / "metrics.csv").read_text().splitlines()[0]
+    assert header == "epoch,step,loss,accuracy"
+
+
+def test_split_off_parts_the_images_without_losing_one():
+    images = np.arange(50, dtype=np.float32).reshape(50, 1, 1, 1)
+    data = {"x_train": images, "y_train": np.arange(50)}
+    parts, size = train_mlp.split_off(data, 12, seed=5)
+    assert size == len(parts["x_validation"]) == 12
+    together = np.concatenate([parts["y_train"], parts["y_validation"]])
+    assert sorted(together) == list(range(50))
+    for part in ("train", "validation"):
+        np.testing.assert_array_equal(parts[f"x_{part}"].ravel(), parts[f"y_{part}"])
+    again, _ = train_mlp.split_off(data, 12, seed=6)
+    assert not np.array_equal(again["y_validation"], parts["y_validation"])
+    assert train_mlp.split_off(data, None, 0)[1] == 5
+
+
+@pytest.mark.parametrize("name", train_mlp.ACTIVATIONS)
+def test_script_takes_every_activation(name, blob_file):
+    assert train_on(blob_file, "--activation", name, "--epochs", "1") == 0
+
+
+@pytest.mark.parametrize("name", train_mlp.INITIALISERS)
+def test_script_takes_every_init(name, blob_file):
+    assert train_on(blob_file, "--init", name, "--epochs", "1", "--no-batch-norm") == 0
+
+
+@pytest.mark.parametrize("name", [*train_mlp.LOSSES, *train_mlp.ROW_LOSSES])
+def test_script_learns_with_every_loss(name, blob_file, capsys):
+    options = ["--loss", name, "--epochs", "40", "--lr", "0.02", "--dropout", "0"]
+    assert train_on(blob_file, *options) == 0
+    last = LAST_LINE.fullmatch(capsys.readouterr().out.splitlines()[-1])
+    assert float(last[1]) > 0.7
+
+
+@pytest.mark.parametrize("name", train_mlp.OPTIMISERS)
+def test_script_learns_with_every_optimiser(name, blob_file, capsys):
+    extra = ["--momentum", "0.5"] if name in ("sgd", "rmsprop") else []
+    options = ["--optimizer", name, "--weight-decay", "0.0001", "--epochs", "60", "--dropout", "0"]
+    assert train_on(blob_file, *options, *extra) == 0
+    last = LAST_LINE.fullmatch(capsys.readouterr().out.splitlines()[-1])
+    assert float(last[1]) > 0.7
+
+
+@pytest.mark.parametrize("name", train_mlp.SCHEDULES)
+def test_script_takes_every_schedule(name, blob_file):
+    assert train_on(blob_file, "--schedule", name) == 0
+
+
+def test_schedules_of_the_script_end_where_its_help_says():
+    def schedule(name):
+        return train_mlp.choose_schedule(name, 0.5, 10, 100)
+
+    assert schedule("constant") == schedule("plateau") == 0.5
+    assert [round(schedule("step")(step), 9) for step in (0, 332, 333, 666)] == [
+        0.5, 0.5, 0.05, 0.005,
+    ]  # fmt: skip
+    assert [round(schedule("multistep")(step), 9) for step in (499, 500, 750)] == [0.5, 0.05, 0.005]
+    assert schedule("exponential")(1000) == pytest.approx(0.005)
+    assert schedule("cosine")(1000) == 0
+    assert [schedule("cyclic")(step) for step in (0, 200, 400)] == pytest.approx([0.05, 0.5, 0.05])
+    assert schedule("one-cycle")(299) == pytest.approx(0.5)
+    assert schedule("one-cycle")(999) == pytest.approx(0.5 / 250_000)
+
+
+def test_plateau_of_the_script_halves_the_rate(blob_file, monkeypatch):
+    original, scales = nn.reduce_on_plateau, []
+
+    def settled(state, loss, patience):
+        state = original(state, 1.0, patience=patience)
+        scales.append(float(state["scale"]))
+        return state
+
+    monkeypatch.setattr(nn, "reduce_on_plateau", settled)
+    assert train_on(blob_file, "--schedule", "plateau", "--epochs", "5") == 0
+    assert scales == [1, 1, 1, 0.5, 0.5]
+
+
+MISTAKES = {
+    "a folder that is not there": (["--data", "nowhere"], "nowhere: there is no such file"),
+    "a folder without data": (["--data", "empty"], "empty: expected IDX files"),
+    "a damaged file": (["--data", "damaged.npz"], "damaged.npz: cannot be read"),
+    "too many held out": (["--validation", "200"], "--validation 200 leaves none of the 200"),
+    "smoothing without cross entropy": (
+        ["--loss", "mse", "--label-smoothing", "0.1"],
+        "--label-smoothing goes with --loss cross-entropy, not mse",
+    ),
+    "momentum of adam": (["--momentum", "0.9"], "--momentum goes with sgd or rmsprop, not adam"),
+    "plateau of nothing": (
+        ["--schedule", "plateau", "--validation", "0"],
+        "--schedule plateau needs validation images",
+    ),
+    "a rate that is much too high": (
+        ["--optimizer", "sgd", "--lr", "1e30", "--no-batch-norm", "--schedule", "constant"],
+        "try a lower --lr",
+    ),
+    "an output folder that is a file": (["--out", "damaged.npz"], "damaged.npz"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # of the rate that is too high
+@pytest.mark.parametrize("name", MISTAKES)
+def test_script_answers_a_mistake_with_one_line_and_exit_2(
+    name, blob_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("empty").mkdir()
+    pathlib.Path("damaged.npz").write_bytes(b"PK\x03\x04 and nothing more")
+    arguments, message = MISTAKES[name]
+    assert train_on(blob_file, *arguments) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert re.match(r"\S+: error: ", errors)
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--epochs", "0"],
+        ["--epochs", "x"],
+        ["--batch-size", "-1"],
+        ["--seed", "-1"],
+        ["--lr", "nan"],
+        ["--lr", "-1"],
+        ["--dropout", "1"],
+        ["--momentum", "1"],
+        ["--validation", "-1"],
+        ["--hidden", "0"],
+        ["--activation", "step"],
+    ],
+)
+def test_script_refuses_impossible_options(arguments, blob_file, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_on(blob_file, *arguments)
+    assert stopped.value.code == 2
+    assert f"argument {arguments[0]}" in capsys.readouterr().err
+
+
+def test_script_on_a_full_disk_says_so_and_leaves_no_half_written_model(
+    blob_file, tmp_path, monkeypatch, capsys
+):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert train_on(blob_file, "--out", str(tmp_path / "out")) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_script_interrupted_exits_with_130(blob_file, monkeypatch, capsys):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nn, "update_statistics", interrupt)
+    assert train_on(blob_file) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+
+
+def test_script_trains_on_a_last_batch_of_one_image_with_batch_norm(blob_file):
+    assert train_on(blob_file, "--batch-size", "199", "--validation", "0") == 0
+
+
+class Terminal:
+    """Standard output that claims to be a terminal."""
+
+    def __init__(self):
+        self.text = ""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def test_progress_is_one_moving_line_on_a_terminal(blob_file, monkeypatch, capsys):
+    terminal = Terminal()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        assert train_on(blob_file) == 0
+    assert re.search(r"\repoch 1/2  loss \d\.\d{4}  [\d,]+ samples/s  \d+ s left", terminal.text)
+    lines = [line.rpartition("\r")[2] for line in terminal.text.split("\n")]
+    assert [line.split("  ")[0] for line in lines[1:-2]] == ["epoch 1/2", "epoch 2/2"]
+    assert LAST_LINE.fullmatch(lines[-2])
+    assert train_on(blob_file) == 0
+    assert "\r" not in capsys.readouterr().out
+
+
+def small_digits():
+    return {
+        name: value
+        for key, (part, size) in enumerate((("train", 200), ("test", 50)))
+        for name, value in zip(
+            (f"x_{part}", f"y_{part}"), nn.draw_digits(key, size, size=8), strict=True
+        )
+    }
+
+
+def test_without_a_network_the_script_trains_on_drawn_digits(tmp_path, monkeypatch, capsys):
+    digits = {
+        name: value[:, None] / np.float32(255) if name.startswith("x") else value
+        for name, value in small_digits().items()
+    }
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_mlp, "drawn_digits", lambda: digits)
+    monkeypatch.setattr(nn, "MNIST_MIRRORS", ["http://127.0.0.1:9/mnist", "http://[::1]:9/mnist"])
+    assert train_mlp.main(["--epochs", "1", "--hidden", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"MNIST is not in .* and cannot be downloaded \(.*\); training on .*", lines[0]
+    )
+    assert lines[1].startswith("digits drawn by purenn: 180 training")
+    assert not os.path.exists("data")
+
+
+def test_drawn_digits_are_a_data_set():
+    data = train_mlp.drawn_digits(train=40, test=20)
+    assert data["x_train"].shape == (40, 1, 28, 28)
+    assert data["x_test"].shape == (20, 1, 28, 28)
+    assert data["x_train"].dtype == np.float32
+    assert 0 <= data["x_train"].min() < 0.1
+    assert 0.9 < data["x_train"].max() <= 1
+    assert data["y_train"].shape == (40,)
+
+
+def test_script_reads_data_mnist_where_it_stands(blob_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(nn, "MNIST_MIRRORS", [])
+    os.makedirs("data/mnist")
+    os.symlink(blob_file, "data/mnist/any.npz")
+    assert train_mlp.main(["--epochs", "1", "--hidden", "8"]) == 0
+    assert capsys.readouterr().out.startswith(f"{os.path.join('data', 'mnist')}: 180 training")
+
+
+def test_script_downloads_mnist_where_it_is_missing(blob_file, tmp_path, monkeypatch, capsys):
+    def download(directory, mirrors, progress):
+        progress("any.npz", 500_000, 1_000_000)
+        progress("any.npz", 1_000_000, 1_000_000)
+        os.makedirs(directory)
+        os.symlink(blob_file, os.path.join(directory, "any.npz"))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(nn, "download_mnist", download)
+    terminal = Terminal()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        assert train_mlp.main(["--epochs", "1", "--hidden", "8"]) == 0
+    assert "\rdownloading any.npz: 1.0 of 1.0 MB" in terminal.text
+    assert f"{os.path.join('data', 'mnist')}: 180 training" in terminal.text
+
+
+def test_plot_without_matplotlib_says_what_to_install(blob_file, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert train_on(blob_file, "--plot") == 2
+    assert "--plot needs matplotlib: pip install matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("hidden", [["8"], []])
+def test_plot_draws_curves_and_weights(hidden, blob_file, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib, which is optional")
+    monkeypatch.chdir(tmp_path)
+    for options, folder in (
+        (["--plot", "pictures"], "pictures"),
+        (["--plot", "--out", "out"], "out"),
+        (["--plot", "--validation", "0"], "plots"),
+    ):
+        assert train_on(blob_file, *options, "--hidden", *hidden) == 0
+        for name in ("curves.png", "weights.png"):
+            picture = (tmp_path / folder / name).read_bytes()
+            assert picture.startswith(b"\x89PNG")
+            assert len(picture) > 3_000
+
+
+# ------------------------------------------------------------------------------------------------
+# The README
+# ------------------------------------------------------------------------------------------------
+
+
+def readme():
+    return (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_blocks_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    blocks = re.findall(r"^```python\n(.*?)^```", readme(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 6
+    assert all(len(block.strip().splitlines()) <= 20 for block in blocks)
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "readme"}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"README block {number}", "exec"), namespace)
+    printed = capsys.readouterr().out.splitlines()
+    assert float(printed[0]) > 0.95
+    assert printed[1] in ("same sign", "different signs")
+
+
+def test_readme_shows_the_message_of_a_forgotten_slope(tmp_path, monkeypatch):
+    blocks = re.findall(r"^```python\n(.*?)^```", readme(), re.MULTILINE | re.DOTALL)
+    broken = blocks[1].replace('dx = np.where(x > 0, dy, params["slope"] * dy)', "dx = dy")
+    assert broken != blocks[1]
+    with pytest.raises(AssertionError) as failure:
+        exec(compile(broken, "README", "exec"), {"np": np, "__name__": "readme"})
+    assert f"`{failure.value}`" in readme()
+
+
+def test_readme_commands_have_options_that_exist():
+    commands = re.findall(r"^\s*(?:\$ )?python (train_mlp\.py[^\n#|`]*)", readme(), re.MULTILINE)
+    assert len(commands) >= 5
+    for command in commands:
+        parser = train_mlp.new_parser("")
+        train_mlp.add_network_options(parser, hidden=[8])
+        with contextlib.suppress(SystemExit) if "--help" in command else contextlib.nullcontext():
+            parser.parse_args(shlex.split(command)[1:])
+
+
+def test_the_library_imports_numpy_and_the_standard_library_alone():
+    imported = set()
+    for node in ast.walk(ast.parse((REPOSITORY / "purenn.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            imported.add(str(node.module).partition(".")[0])
+    assert imported - sys.stdlib_module_names == {"numpy"}
