@@ -1740,7 +1740,7 @@ def _multistep(step: int, *, lr: float, milestones: tuple[int, ...], factor: flo
     return lr * factor ** sum(step >= milestone for milestone in milestones)
 
 
-def multistep(lr: float, milestones: Sequence[int], factor: float = 0.1) -> Schedule:
+def multistep(lr: float, milestones: Sequence[int] | Array, factor: float = 0.1) -> Schedule:
     """lr · factor^(how many milestones have been reached)."""
     if isinstance(milestones, str) or not isinstance(milestones, (Sequence, np.ndarray)):
         raise TypeError(f"multistep: milestones must be a sequence, got {_kind(milestones)}")
@@ -2190,6 +2190,12 @@ def _replacing(path: str) -> Iterator[IO[bytes]]:
         raise
 
 
+def _digest(archive: zipfile.ZipFile) -> bytes:
+    """A checksum of an archive's list of contents, which has none of its own, for its comment."""
+    contents = [(member.filename, member.file_size, member.CRC) for member in archive.infolist()]
+    return b"purenn " + hashlib.sha256(repr(contents).encode()).hexdigest().encode()
+
+
 def save(path: str | os.PathLike, tree: Tree) -> None:
     """Write a tree of arrays to a file that `load` and `np.load` read (.npz, uncompressed).
 
@@ -2204,6 +2210,7 @@ def save(path: str | os.PathLike, tree: Tree) -> None:
         for name, leaf in flat.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asarray(leaf), allow_pickle=False)
+        archive.comment = _digest(archive)
 
 
 @contextlib.contextmanager
@@ -2238,6 +2245,8 @@ def _read_npz(path: str, ratio: int) -> dict[str, Array]:
     arrays: dict[str, Array] = {}
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
+        if archive.comment.startswith(b"purenn ") and archive.comment != _digest(archive):
+            raise ValueError("its list of contents is damaged")
         if sum(member.file_size for member in members) > ratio * os.path.getsize(path):
             raise ValueError("it claims to hold more than it can")
         for info in members:

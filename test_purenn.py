@@ -501,7 +501,7 @@ def test_linear_is_a_sum_over_features(data):
     for index in np.ndindex(y.shape):
         *sample, unit = index
         for feature in range(x.shape[-1]):
-            expected[index] += x[(*sample, feature)] * params["W"][feature, unit]
+            expected[index] += x[tuple(sample)][feature] * params["W"][feature, unit]
         expected[index] += params["b"][unit] if "b" in params else 0
     np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-12)
 
@@ -737,9 +737,10 @@ def test_leaving_out_dx_saves_the_work(monkeypatch):
         asked.append(need_dx)
         return (dy if need_dx else None), {"w": np.ones(1)}
 
-    layer = nn.Layer(lambda key, shape: ({"w": np.ones(1)}, shape), None, backward)
-    object_layer = layer._replace(forward=lambda params, x: (x, x))
-    net = nn.sequential(nn.relu(), a=object_layer, b=object_layer)
+    layer = nn.Layer(
+        lambda key, shape: ({"w": np.ones(1)}, shape), lambda params, x: (x, x), backward
+    )
+    net = nn.sequential(nn.relu(), a=layer, b=layer)
     params, _ = net.init(0, (2,))
     _, cache = net.forward(params, np.ones((1, 2)))
     cache["0"] = "never looked at"
@@ -1397,7 +1398,7 @@ SCHEDULES = {  # name: (schedule, formula)
         nn.multistep(2.0, [7, 2], 0.5),
         lambda step: 2.0 * (1 if step < 2 else 0.5 if step < 7 else 0.25),
     ),
-    "multistep default": (nn.multistep(2.0, np.array([2])), lambda step: 2.0 if step < 2 else 0.2),
+    "multistep default": (nn.multistep(2.0, (2,)), lambda step: 2.0 if step < 2 else 0.2),
     "exponential": (nn.exponential(2.0, 0.9), lambda step: 2.0 * 0.9**step),
     "cosine": (
         nn.cosine(2.0, 10, 0.5),
@@ -1759,7 +1760,9 @@ PAIRS += ["gelu", "silu", "softmax", "log_softmax", "dropout", "batch_norm", "la
 BOUND = {"leaky_relu": {"slope": 0.1}, "elu": {"alpha": 1.0}, "batch_norm": {"eps": 1e-5}}
 BOUND["layer_norm"] = BOUND["batch_norm"]
 
-MISUSE = {  # name: calls that are refused, each (exception, words of the message, arguments)
+MISUSE: dict[
+    str, list
+] = {  # name: calls that are refused, each (exception, words of the message, arguments)
     "tree_map": [(TypeError, "at least one", (abs,)), (ValueError, "differ", (max, {"a": 1}, {}))],
     "tree_flatten": [(TypeError, "must be a dict", (1,)), (ValueError, "empty", ({"": 1},))],
     "tree_unflatten": [(TypeError, "must be a dict", (1,)), (ValueError, "malformed", ({"": 1},))],
@@ -1812,8 +1815,8 @@ MISUSE = {  # name: calls that are refused, each (exception, words of the messag
     ],
     "sequential": [
         (TypeError, "sequential: 0 must be a layer, but int has no init", (3,)),
-        (TypeError, "has no forward", (nn.linear(3)._replace(forward=None),)),
-        (TypeError, "has no backward", (nn.linear(3)._replace(backward=None),)),
+        (TypeError, "has no forward", (nn.Layer(nn.identity_init, None, None),)),
+        (TypeError, "has no backward", (nn.Layer(nn.identity_init, nn.relu_forward, None),)),
     ],
     "residual": [(TypeError, "residual: shortcut must be a layer", (nn.relu(), None))],
     "softmax_cross_entropy": [
@@ -1989,11 +1992,8 @@ NO_MISUSE = {
     "Layer": "a tuple of three functions",
     "Optimizer": "a tuple of two functions",
     "MNIST_MIRRORS": "a constant",
-    **{name: "takes no arguments" for name in ("identity", "flatten", "relu", "sigmoid", "tanh")},
-    **{
-        name: "takes no arguments"
-        for name in ("softplus", "gelu", "silu", "softmax", "log_softmax")
-    },
+    **dict.fromkeys(("identity", "flatten", "relu", "sigmoid", "tanh"), "takes no arguments"),
+    **dict.fromkeys(("softplus", "gelu", "silu", "softmax", "log_softmax"), "takes no arguments"),
     **{
         f"{name}_{function}": "reached through its constructor, in the harness"
         for name in ("sequential", "residual")
@@ -2156,9 +2156,10 @@ def refused_or_right(path, expected):
 
 def test_load_refuses_a_file_cut_off_anywhere(tmp_path):
     path, whole = small_file(tmp_path)
+    expected, comment = nn.load(path), len(b"purenn ") + 64
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        assert refused_or_right(path, None)
+        assert refused_or_right(path, expected) or length > len(whole) - comment
 
 
 def test_load_survives_every_flipped_bit(tmp_path):
@@ -2168,11 +2169,7 @@ def test_load_survives_every_flipped_bit(tmp_path):
         broken = bytearray(whole)
         broken[position // 8] ^= 1 << position % 8
         path.write_bytes(broken)
-        try:
-            refused += refused_or_right(path, expected)
-        except AssertionError:  # a name is not covered by a checksum, so another one is right
-            others, values = nn.tree_flatten(nn.load(path)), nn.tree_flatten(expected)
-            assert all_bytes(*others.values()) == all_bytes(*values.values())
+        refused += refused_or_right(path, expected)
     assert refused > len(whole) * 4
 
 
