@@ -582,7 +582,8 @@ def relu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = max(x, 0)."""
     _check_array("relu", "x", x)
     _check_params("relu", params)
-    y = np.maximum(x, 0)
+    # A row of zeros, as NumPy has no vector code for the maximum with a single number.
+    y = np.maximum(x, np.zeros(x.shape[-1:], x.dtype))
     return y, y
 
 
@@ -1218,8 +1219,8 @@ def _check_labels(where: str, labels: Any, count: int, classes: int) -> None:
         )
 
 
-def _probabilities(where: str, target: Any, prediction: Array) -> Array:
-    """Class numbers (N,) or probabilities (N, K) as a new array of probabilities (N, K)."""
+def _probabilities(where: str, target: Any, prediction: Array) -> tuple[Array, Array | float]:
+    """Class numbers (N,) or probabilities (N, K) as a new array (N, K), and its row sums."""
     if isinstance(target, np.ndarray) and target.ndim == 2:
         if target.shape != prediction.shape:
             raise ValueError(
@@ -1227,12 +1228,13 @@ def _probabilities(where: str, target: Any, prediction: Array) -> Array:
             )
         if target.dtype.kind not in "biuf" or not (target.min() >= 0 and target.max() <= 1):
             raise ValueError(f"{where}: target probabilities must be numbers from 0 to 1")
-        return target.astype(prediction.dtype)
+        probabilities = target.astype(prediction.dtype)
+        return probabilities, probabilities.sum(axis=1, keepdims=True)
     count, classes = prediction.shape
     _check_labels(where, target, count, classes)
     probabilities = np.zeros(prediction.shape, prediction.dtype)
     probabilities[np.arange(count), target] = 1
-    return probabilities
+    return probabilities, 1.0
 
 
 def softmax_cross_entropy(
@@ -1246,16 +1248,17 @@ def softmax_cross_entropy(
     where = "softmax_cross_entropy"
     _check_prediction(where, "logits", logits, axes=2)
     smoothing = _number(where, "smoothing", smoothing, minimum=0, below=1)
-    t = _probabilities(where, target, logits)
+    t, sums = _probabilities(where, target, logits)
     if smoothing:
         t *= 1 - smoothing
         t += smoothing / logits.shape[1]
+        sums = sums * (1 - smoothing) + smoothing
     shifted = logits - logits.max(axis=1, keepdims=True)
     gradient = np.exp(shifted)
     total = gradient.sum(axis=1, keepdims=True)
     shifted -= np.log(total)
     loss = -float(np.vdot(t, shifted)) / len(t)
-    gradient *= t.sum(axis=1, keepdims=True) / total
+    gradient *= sums / total
     gradient -= t
     gradient *= 1 / len(t)
     return loss, gradient
@@ -1275,7 +1278,7 @@ def cross_entropy(probabilities: Array, target: Array) -> tuple[float, Array]:
         raise ValueError(
             f"{where}: probabilities must be from 0 to 1; for logits use softmax_{where}"
         )
-    t = _probabilities(where, target, probabilities)
+    t, _ = _probabilities(where, target, probabilities)
     p = np.maximum(probabilities, np.finfo(probabilities.dtype).tiny)
     loss = -float(np.vdot(t, np.log(p))) / len(t)
     t /= p
@@ -1388,9 +1391,20 @@ def _zero_count(array: Array) -> Array:
     return np.zeros((), np.int64)
 
 
+def _keep_freed_memory() -> None:
+    """Have the C library keep the memory of freed arrays for the next ones.
+
+    glibc hands freed memory back to the system from a size on that grows with the largest block
+    freed so far; the arrays of every step are then faulted in anew, which can take half its time.
+    Freeing a block of just under 32 MiB, never touched, raises that size to its maximum.
+    """
+    np.empty((1 << 25) - (1 << 16), np.uint8)
+
+
 def _init_state(params: Tree, *, where: str, remembers: dict[str, Callable]) -> Tree:
     if not isinstance(params, dict):
         raise TypeError(f"{where}: params must be a dict, got {_kind(params)}")
+    _keep_freed_memory()
     trees = {name: tree_map(zero, params) for name, zero in remembers.items()}
     return {"step": np.zeros((), np.int64), "scale": np.ones(()), **trees}
 
@@ -1412,52 +1426,52 @@ def _take_step(
     if not {"step", "scale", *remembers} <= state.keys() <= _COMMON | remembers.keys():
         raise ValueError(f"{where}: the state is not this optimiser's, it has {_names(state)}")
     memory = {quantity: state[quantity] for quantity in remembers}
-    if not all(isinstance(tree, dict) for tree in memory.values()):
-        raise ValueError(f"{where}: the state is damaged, {list(remembers)} must be dicts")
     step = int(state["step"])
     rate = float(lr(step) if callable(lr) else lr) * float(state["scale"])
     if not 0 <= rate < math.inf:
         raise ValueError(f"{where}: the learning rate of step {step} is {rate}")
-    params, memory = _update_tree(where, params, grads, memory, partial(update, lr=rate))
+    params, memory = _update_tree(where, "", params, grads, memory, partial(update, lr=rate))
     return params, {**state, **memory, "step": np.array(step + 1)}
 
 
 def _update_tree(
-    where: str, params: Tree, grads: Tree, memory: Tree, update: Callable, path: str = ""
+    where: str, path: str, params: Tree, grads: Tree, memory: Tree, update: Callable
 ) -> tuple[Tree, Tree]:
+    for quantity, tree in memory.items():
+        if not isinstance(tree, dict):
+            raise ValueError(f"{where}: the state has no {quantity} of {path or 'params'}")
     params = dict(params)
     memory = {quantity: dict(tree) for quantity, tree in memory.items()}
     for name, g in grads.items():
-        here = f"{path}{name}"
+        here = f"{path}/{name}" if path else name
         if name not in params:
             raise ValueError(f"{where}: grads have an entry {here!r} that params lack")
-        nested = isinstance(g, dict) and isinstance(params[name], dict)
+        p = params[name]
         own = {quantity: tree.get(name) for quantity, tree in memory.items()}
-        for quantity, value in own.items():
-            if not isinstance(value, dict if nested else np.ndarray):
-                raise ValueError(f"{where}: the state has no {quantity} of {here!r}")
-        if nested:
-            params[name], own = _update_tree(where, params[name], g, own, update, f"{here}/")
+        if isinstance(g, dict) and isinstance(p, dict):
+            params[name], own = _update_tree(where, here, p, g, own, update)
         else:
-            params[name], own = _update_entry(f"{where}: {here}", params[name], g, own, update)
+            params[name], own = _update_entry(where, here, p, g, own, update)
         for quantity, value in own.items():
             memory[quantity][name] = value
     return params, memory
 
 
-def _update_entry(where: str, p: Any, g: Any, memory: Tree, update: Callable) -> tuple[Array, Tree]:
+def _update_entry(
+    where: str, path: str, p: Any, g: Any, memory: Tree, update: Callable
+) -> tuple[Array, Tree]:
     """`update` for one array, checked, and in the dtype of params."""
-    _check_array(where, "params", p)
-    _check_array(where, "grads", g)
+    if not (type(p) is type(g) is np.ndarray and p.dtype == g.dtype and p.dtype.char in "fd"):
+        _check_array(f"{where}: {path}", "params", p)
+        _check_array(f"{where}: {path}", "grads", g)
+        g = g.astype(p.dtype)
     if g.shape != p.shape:
-        raise ValueError(f"{where}: grads have shape {g.shape}, but params {p.shape}")
+        raise ValueError(f"{where}: {path}: grads have shape {g.shape}, but params {p.shape}")
     for quantity, value in memory.items():
-        if value.shape not in (p.shape, ()):
-            raise ValueError(f"{where}: {quantity} in the state has shape {value.shape}")
+        if not isinstance(value, np.ndarray) or value.shape not in (p.shape, ()):
+            raise ValueError(f"{where}: the state has no {quantity} of {path} and of its shape")
         if value.dtype != p.dtype and value.dtype.kind == "f":
             memory = {**memory, quantity: value.astype(p.dtype)}
-    if g.dtype != p.dtype:
-        g = g.astype(p.dtype)
     if p.ndim:
         return update(p, g, **memory)
     new, memory = update(p[None], g[None], **{name: m[None] for name, m in memory.items()})

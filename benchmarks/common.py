@@ -1,0 +1,127 @@
+"""What the benchmarks share: the header of a report, workers that take turns, tables."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+
+def cpu() -> str:
+    """The processor's name and the number of cores that this process may use."""
+    names = []
+    if os.path.exists("/proc/cpuinfo"):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{names[0] if names else platform.processor()}, {cores} cores"
+
+
+def version(package: str) -> str:
+    """The installed version of a package, or that it is missing."""
+    import importlib.metadata
+
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package} not installed"
+
+
+def header() -> str:
+    """Date, machine, versions: what figures are worth nothing without."""
+    kernels = os.environ.get("OPENBLAS_CORETYPE", "chosen by OpenBLAS")
+    return (
+        f"{datetime.date.today()}, {cpu()}, Python {platform.python_version()},"
+        f" {version('numpy')}, {version('torch')}, OpenBLAS kernels: {kernels}"
+    )
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown, its columns aligned."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def has_torch() -> bool:
+    """Whether PyTorch can be imported; says how to get it if not."""
+    import importlib.util
+
+    if importlib.util.find_spec("torch") is None:
+        print("PyTorch is missing: its columns stay empty. In an environment of its own:")
+        print("    pip install numpy torch==2.13.0\n")
+        return False
+    return True
+
+
+class Worker:
+    """A process of this script that measures one engine whenever it is asked to.
+
+    Each engine has a process of its own, so that the thread pools of one do not disturb another;
+    they take turns, so that a noisy neighbour disturbs all alike.
+    """
+
+    def __init__(self, script: str, engine: str, environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, script, "--worker", engine],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+
+    def measure(self, case: str, repeats: int) -> float:
+        """Seconds for one call of a case, the mean of `repeats` calls in a row."""
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(f"{case}|{repeats}\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(cases: Callable[[str], Callable[[], object]]) -> None:
+    """The worker's side: `cases(name)` makes the function to be timed."""
+    functions: dict[str, Callable[[], object]] = {}
+    for line in sys.stdin:
+        case, repeats = line.strip().split("|")
+        if case not in functions:
+            functions[case] = cases(case)
+            for _ in range(20):
+                functions[case]()
+        function = functions[case]
+        for _ in range(5):
+            function()  # wakes this process's threads and fills the caches again
+        started = time.perf_counter()
+        for _ in range(int(repeats)):
+            function()
+        print((time.perf_counter() - started) / int(repeats), flush=True)
+
+
+def take_turns(
+    workers: dict[str, Worker], cases: dict[str, int], rounds: int
+) -> dict[tuple[str, str], float]:
+    """{(engine, case): median seconds}, every engine measured once a round."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for _ in range(rounds):
+        for case, repeats in cases.items():
+            for engine, worker in workers.items():
+                time.sleep(0.15)  # until the threads of the one before have stopped spinning
+                seconds.setdefault((engine, case), []).append(worker.measure(case, repeats))
+    return {key: statistics.median(values) for key, values in seconds.items()}

@@ -1,0 +1,201 @@
+"""The training step and the single forward pass of an MLP, against PyTorch and the bare products.
+
+    python benchmarks/mlp.py [--rounds 15] [--threads 2]
+
+784-256-128-10 with ReLU and softmax cross entropy in float32. Ratios are to PyTorch eager.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from common import REPOSITORY, Worker, has_torch, header, serve, table, take_turns
+
+WIDTHS = (784, 256, 128, 10)
+STEPS = {  # case: repeats a turn
+    "64 sgd": 60,
+    "64 adam": 60,
+    "16 sgd": 100,
+    "16 adam": 100,
+    "one": 1000,
+}
+LABELS = {
+    "64 sgd": "step, batch 64, SGD with momentum",
+    "64 adam": "step, batch 64, Adam",
+    "16 sgd": "step, batch 16, SGD with momentum",
+    "16 adam": "step, batch 16, Adam",
+    "one": "forward pass of one sample",
+}
+ENGINES = {
+    "torch": "PyTorch",
+    "purenn": "purenn",
+    "lines": "purenn, with dx of the data",
+    "products": "matrix products alone",
+    "numpy": "products and optimiser, bare",
+}
+
+
+def batch_of(case: str) -> tuple[Any, Any, str]:
+    """(images, labels, name of the optimiser) of a case like "64 sgd"."""
+    import numpy as np
+
+    size, _, optimizer = case.partition(" ")
+    rng = np.random.default_rng(0)
+    count = 1 if size == "one" else int(size)
+    return rng.normal(size=(count, 784)).astype(np.float32), rng.integers(0, 10, count), optimizer
+
+
+def purenn_case(case: str, with_dx: bool = False) -> Callable[[], object]:
+    """Written as the README does; `with_dx` in the long form, which computes dx of the data too."""
+    sys.path.insert(0, str(REPOSITORY))
+    import purenn as nn
+
+    x, labels, name = batch_of(case)
+    net = nn.sequential(nn.linear(256), nn.relu(), nn.linear(128), nn.relu(), nn.linear(10))
+    params, _ = net.init(0, (784,))
+    if not name:
+        return lambda: net.forward(params, x)
+    optimizer = nn.sgd(0.01, momentum=0.9) if name == "sgd" else nn.adam()
+    now = {"params": params, "state": optimizer.init(params)}
+    gradients = nn.value_and_grad(net, nn.softmax_cross_entropy)
+
+    def step() -> None:
+        params = now["params"]
+        if with_dx:
+            logits, cache = net.forward(nn.training(params, (0, 1)), x)
+            _, dlogits = nn.softmax_cross_entropy(logits, labels)
+            _, grads = net.backward(params, cache, dlogits)
+        else:
+            __, grads, _ = gradients(nn.training(params, (0, 1)), x, labels)
+        now["params"], now["state"] = optimizer.step(params, grads, now["state"])
+
+    return step
+
+
+def torch_case(case: str) -> Callable[[], object]:
+    """As PyTorch's own tutorials write it."""
+    import torch
+
+    x, labels, name = batch_of(case)
+    images, target = torch.from_numpy(x), torch.from_numpy(labels)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(784, 256),
+        torch.nn.ReLU(),
+        torch.nn.Linear(256, 128),
+        torch.nn.ReLU(),
+        torch.nn.Linear(128, 10),
+    )
+    if not name:
+
+        def forward() -> object:
+            with torch.inference_mode():
+                return net(images)
+
+        return forward
+    loss_function = torch.nn.CrossEntropyLoss()
+    if name == "sgd":
+        optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    else:
+        optimizer = torch.optim.Adam(net.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = loss_function(net(images), target)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+def numpy_case(case: str, with_optimizer: bool) -> Callable[[], object]:
+    """The matrix products of a step, and the optimiser's arithmetic in place: the limit."""
+    import numpy as np
+
+    x, _, name = batch_of(case)
+    rng = np.random.default_rng(0)
+
+    def normals(*shape: int) -> Any:
+        return rng.normal(size=shape).astype(np.float32)
+
+    weights = [normals(*pair) for pair in itertools.pairwise(WIDTHS)]
+    inputs = [x, *(normals(len(x), width) for width in WIDTHS[1:-1])]
+    slopes = [normals(len(x), width) for width in WIDTHS[1:]]
+    memory = [(np.zeros_like(W), np.zeros_like(W)) for W in weights]
+
+    def step() -> None:
+        for h, W in zip(inputs, weights, strict=True):
+            h @ W
+        if not name:
+            return
+        grads = [h.T @ dy for h, dy in zip(inputs, slopes, strict=True)]
+        for W, dy in zip(weights[1:], slopes[1:], strict=True):
+            dy @ W.T
+        if not with_optimizer:
+            return
+        for W, g, (m, v) in zip(weights, grads, memory, strict=True):
+            if name == "sgd":
+                m *= 0.9
+                m += g
+                g[...] = m
+                g *= 1e-9
+            else:
+                m *= 0.9
+                m += 0.1 * g
+                g *= g
+                g *= 0.001
+                v *= 0.999
+                v += g
+                np.sqrt(v, out=g)
+                g += 1e-8
+                np.divide(m, g, out=g)
+                g *= 1e-9
+            W -= g
+
+    return step
+
+
+MAKERS: dict[str, Callable[[str], Callable[[], object]]] = {
+    "torch": torch_case,
+    "purenn": purenn_case,
+    "lines": lambda case: purenn_case(case, with_dx=True),
+    "products": lambda case: numpy_case(case, with_optimizer=False),
+    "numpy": lambda case: numpy_case(case, with_optimizer=True),
+}
+
+
+def main() -> None:
+    """Let the engines take turns and print the table."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("--worker", choices=MAKERS, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each engine (default 15)")
+    parser.add_argument("--threads", type=int, default=2, help="of BLAS and PyTorch (default 2)")
+    options = parser.parse_args()
+    if options.worker:
+        serve(MAKERS[options.worker])
+        return
+    threads = {f"{pool}_NUM_THREADS": str(options.threads) for pool in ("OMP", "MKL", "OPENBLAS")}
+    engines = [engine for engine in ENGINES if engine != "torch" or has_torch()]
+    workers = {engine: Worker(__file__, engine, threads) for engine in engines}
+    times = take_turns(workers, STEPS, options.rounds)
+    for worker in workers.values():
+        worker.close()
+    rows = []
+    for case, label in LABELS.items():
+        cells = [label]
+        for engine in engines:
+            ratio = times[engine, case] / times["torch", case] if "torch" in engines else 1
+            share = f" ({ratio:.2f})" if engine != "torch" and "torch" in engines else ""
+            cells.append(f"{times[engine, case] * 1e6:.0f}{share}")
+        rows.append(cells)
+    print(f"{header()}, {options.threads} threads, medians of {options.rounds} turns\n")
+    print(table(["microseconds (ratio)", *(ENGINES[engine] for engine in engines)], rows))
+
+
+if __name__ == "__main__":
+    main()
