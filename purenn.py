@@ -24,14 +24,10 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import hashlib
 import math
 import operator
 import os
-import queue
-import threading
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -2187,6 +2183,8 @@ def _ink(segments: Array, generator: np.random.Generator, size: int) -> Array:
 # Not pure: files and network
 # ------------------------------------------------------------------------------------------------
 
+# Modules that only one of these needs are imported in it: `import purenn` stays quick.
+
 
 @contextlib.contextmanager
 def _replacing(path: str) -> Iterator[IO[bytes]]:
@@ -2204,8 +2202,10 @@ def _replacing(path: str) -> Iterator[IO[bytes]]:
         raise
 
 
-def _digest(archive: zipfile.ZipFile) -> bytes:
-    """A checksum of an archive's list of contents, which has none of its own, for its comment."""
+def _digest(archive: Any) -> bytes:
+    """A checksum of a zip file's list of contents, which has none of its own, for its comment."""
+    import hashlib
+
     contents = [(member.filename, member.file_size, member.CRC) for member in archive.infolist()]
     return b"purenn " + hashlib.sha256(repr(contents).encode()).hexdigest().encode()
 
@@ -2216,6 +2216,8 @@ def save(path: str | os.PathLike, tree: Tree) -> None:
     The file is written beside `path` and then renamed, so that an older one is never lost.
     TypeError for leaves that are not arrays of numbers, OSError if it cannot be written.
     """
+    import zipfile
+
     flat = tree_flatten(tree)
     for name, leaf in flat.items():
         if not isinstance(leaf, (np.ndarray, np.generic)) or leaf.dtype.kind not in "biuf":
@@ -2256,6 +2258,8 @@ def _read_npy(member: IO[bytes], size: int) -> Array:
 
 def _read_npz(path: str, ratio: int) -> dict[str, Array]:
     """{name: array} of a .npz file that unpacks to at most `ratio` times its size."""
+    import zipfile
+
     arrays: dict[str, Array] = {}
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
@@ -2413,6 +2417,8 @@ Progress = Callable[[str, int, int], None]  # name of the file, bytes so far, by
 
 def _verify(name: str, packed: bytes) -> None:
     """ValueError unless these are the bytes of that file of MNIST."""
+    import hashlib
+
     size, digest = _MNIST_FILES[name]
     try:
         unpacked = zlib.decompressobj(wbits=31).decompress(packed, size + 1)
@@ -2425,7 +2431,7 @@ def _verify(name: str, packed: bytes) -> None:
 def _fetch(mirror: str, name: str, timeout: float, progress: Progress | None = None) -> bytes:
     """The verified bytes of one file. OSError or ValueError if that fails."""
     import http.client
-    import urllib.request  # a fifth of the time that importing NumPy takes, and rarely needed
+    import urllib.request
 
     packed = bytearray()
     deadline = time.monotonic() + 30 * timeout  # however slowly the bytes may trickle in
@@ -2449,6 +2455,9 @@ def _first_to_answer(mirrors: Sequence[str], patience: float) -> str:
 
     They are all asked at once and in threads, because no time-out covers looking up a name.
     """
+    import queue
+    import threading
+
     answers: queue.SimpleQueue[tuple[str, Exception | None]] = queue.SimpleQueue()
 
     def ask(mirror: str) -> None:
