@@ -1951,12 +1951,13 @@ def _compare(probe: _Probe, analytic: Array, y: Array, rtol: float, key: Key) ->
 
 
 def _float64(leaf: Any) -> Any:
-    """A leaf in float64 if it is an array of floats; others, like keys, as they are."""
-    if not isinstance(leaf, np.ndarray) or leaf.dtype.kind != "f":
+    """A leaf in float64 if it holds floats; others, like keys, as they are."""
+    array = np.asarray(leaf)
+    if array.dtype.kind != "f":
         return leaf
-    leaf = leaf.astype(np.float64)
-    leaf.flags.writeable = False  # so that a layer that writes to its input is found at that line
-    return leaf
+    array = array.astype(np.float64)
+    array.flags.writeable = False  # so that a layer that writes to its input is found at that line
+    return array
 
 
 def _untrained(params: Any, cache: Any, path: str) -> set[str]:
@@ -1984,7 +1985,10 @@ def check_gradients(layer: Any, params: Any, x: Array, rtol: float = 1e-5, key: 
     rtol = _number("check_gradients", "rtol", rtol, above=0, below=math.inf)
     if not isinstance(x, np.ndarray):
         raise TypeError(f"check_gradients: x must be a NumPy array, got {_kind(x)}")
-    inputs = tree_map(_float64, {"params": {} if params is None else params, "x": x})
+    params = {} if params is None else params
+    if not isinstance(params, dict):
+        raise TypeError(f"check_gradients: params must be a dict, got {_kind(params)}")
+    inputs = tree_map(_float64, {"params": params, "x": x})
     y, cache = layer.forward(inputs["params"], inputs["x"])
     if not isinstance(y, np.ndarray) or y.dtype != np.float64:
         raise AssertionError(f"check_gradients: y must be float64 like x, got {_kind(y)}")

@@ -246,7 +246,7 @@ def test_gradients_are_those_of_central_differences(name, data):
 @given(data=st.data())
 def test_check_gradients_agrees(name, data):
     layer, params, x, _ = data.draw(cases(name))
-    nn.check_gradients(layer, params, x, rtol=1e-4)
+    nn.check_gradients(layer, params, x)
 
 
 @every_layer
@@ -1585,6 +1585,17 @@ def test_a_right_pair_of_a_stranger_passes():
     nn.check_gradients(Stranger(), params, x, rtol=1e-6, key=(3, 4))
 
 
+def test_numbers_among_the_params_are_checked_too():
+    scale = types.SimpleNamespace(
+        forward=lambda params, x: (params["factor"] * x, x),
+        backward=lambda params, x, dy: (params["factor"] * dy, {"factor": (x * dy).sum()}),
+    )
+    nn.check_gradients(scale, {"factor": 3.0}, np.ones((2, 2)))
+    scale.backward = lambda params, x, dy: (params["factor"] * dy, {"factor": dy.sum() + 1})
+    with pytest.raises(AssertionError, match=r"grads/factor\[\] is"):
+        nn.check_gradients(scale, {"factor": 3.0}, np.ones((2, 2)))
+
+
 @pytest.mark.parametrize(
     ("wrong", "size", "message"),
     [
@@ -1920,6 +1931,7 @@ MISUSE: dict[
     ],
     "check_gradients": [
         (TypeError, "x must be a NumPy array", (nn.relu(), {}, [1.0])),
+        (TypeError, "params must be a dict, got list", (nn.relu(), [Z], Z)),
         (ValueError, "rtol must be > 0", (nn.relu(), {}, Z, 0)),
     ],
     "value_and_grad": [
