@@ -2435,6 +2435,7 @@ def _verify(name: str, packed: bytes) -> None:
 def _fetch(mirror: str, name: str, timeout: float, progress: Progress | None = None) -> bytes:
     """The verified bytes of one file. OSError or ValueError if that fails."""
     import http.client
+    import urllib.error
     import urllib.request
 
     packed = bytearray()
@@ -2448,6 +2449,9 @@ def _fetch(mirror: str, name: str, timeout: float, progress: Progress | None = N
                     raise OSError(f"{mirror}: {name} is too long or comes too slowly")
                 if progress:
                     progress(name, len(packed), total)
+    except urllib.error.HTTPError as error:
+        error.close()  # it holds the connection
+        raise
     except http.client.HTTPException as error:
         raise OSError(f"{mirror}: {name} broke off: {error!r}") from error
     _verify(name, bytes(packed))

@@ -6,6 +6,7 @@ HYPOTHESIS_PROFILE=wide looks further than the quick default, which draws the sa
 import ast
 import contextlib
 import csv
+import gc
 import gzip
 import hashlib
 import http.server
@@ -2561,6 +2562,7 @@ def mirror(fake_mnist):
         server.closing.set()
         server.shutdown()
         server.server_close()
+    gc.collect()  # so that a connection left open is noticed here, and not in some later test
 
 
 @pytest.fixture
