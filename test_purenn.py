@@ -103,6 +103,18 @@ LAYERS = {  # name: layers with generated options, shapes of one sample
 BATCH_STATISTICS = {"batch_norm", "sequential"}  # layers whose samples meet while training
 RANDOM = {"dropout", "residual", "sequential"}  # layers that draw from their key
 
+PAIRS = [
+    "linear",
+    "identity",
+    "flatten",
+    "relu",
+    "leaky_relu",
+    "elu",
+    "sigmoid",
+    "tanh",
+    "softplus",
+]
+PAIRS += ["gelu", "silu", "softmax", "log_softmax", "dropout", "batch_norm", "layer_norm"]
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
@@ -145,6 +157,12 @@ def in_order(x, order):
         wide[..., 0] = x
         return wide[..., 0]
     return np.asarray(x, order=order)
+
+
+def rows_first(x):
+    """The same values laid out as conv2d does: (H, C, W, N) for x (N, C, H, W)."""
+    axes = (2, 1, 3, 0) if x.ndim == 4 else tuple(reversed(range(x.ndim)))
+    return np.ascontiguousarray(x.transpose(axes)).transpose(np.argsort(axes))
 
 
 def frozen(tree):
@@ -395,7 +413,7 @@ def test_batch_axis_is_asked_for():
             layer.init(0, ())
     with pytest.raises(ValueError, match=r"layer_norm: x must be \(N, ..., C\)"):
         nn.layer_norm().forward({}, np.ones(4))
-    with pytest.raises(ValueError, match=r"flatten: x must be \(N, ...\)"):
+    with pytest.raises(ValueError, match="flatten: x must have a batch axis"):
         nn.flatten().forward({}, np.ones(()))
     for layer in (nn.linear(3), nn.layer_norm()):
         with pytest.raises(ValueError, match=r"shape \(\) has no axis of features"):
@@ -403,6 +421,81 @@ def test_batch_axis_is_asked_for():
     for shape in ((), (2, 2), (1, 2, 3, 4)):
         with pytest.raises(ValueError, match="batch_norm: shape .* axes, expected 1 or 3"):
             nn.batch_norm().init(0, shape)
+
+
+# Elsewhere a sample's output depends on the others, or on its place in the mask.
+@pytest.mark.parametrize("name", [name for name in LAYERS if name not in BATCH_STATISTICS | RANDOM])
+@given(data=st.data())
+def test_training_mode_also_sums_over_the_parts_of_a_batch(name, data):
+    layer, params, x, _ = data.draw(cases(name, dtypes=[np.float64], least=2, modes=[True]))
+    y, cache = layer.forward(params, x)
+    dy = upstream(y)
+    dx, grads = layer.backward(params, cache, dy)
+    parts = []
+    for part in (slice(0, 1), slice(1, None)):
+        y_part, cache = layer.forward(params, x[part])
+        np.testing.assert_allclose(y_part, y[part], rtol=1e-10, atol=1e-12)
+        parts.append(layer.backward(params, cache, dy[part]))
+    np.testing.assert_allclose(np.concatenate([p[0] for p in parts]), dx, rtol=1e-9, atol=1e-11)
+    total = nn.tree_add(*(p[1] for p in parts))
+    nn.tree_map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), total, grads)
+
+
+@every_layer
+@given(data=st.data())
+def test_rows_first_is_a_memory_order_like_any_other(name, data):
+    layer, params, x, _ = data.draw(cases(name))
+    y, cache = layer.forward(params, x)
+    dy = upstream(y)
+    dx, grads = layer.backward(params, cache, dy)
+    y2, cache2 = layer.forward(params, rows_first(x))
+    dx2, grads2 = layer.backward(params, cache2, rows_first(dy))
+    tolerance = 1e-4 if x.dtype == np.float32 else 1e-10
+    same = partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
+    same(y2, y)
+    same(dx2, dx)
+    nn.tree_map(same, grads2, grads)
+
+
+def test_params_that_are_not_arrays_of_floats_are_refused_by_name():
+    x = np.ones((2, 3))
+    for layer in (nn.linear(3), nn.batch_norm(), nn.layer_norm()):
+        params, _ = layer.init(0, (3,))
+        for entry in params:
+            for bad in (params[entry].tolist(), None, params[entry].astype(int), 1.0):
+                with pytest.raises(TypeError, match=rf"^\w+: {entry} must be"):
+                    layer.forward({**params, entry: bad}, x)
+
+
+def test_an_axis_without_entries_has_no_statistics():
+    params, _ = nn.layer_norm().init(0, (3,))
+    for layer in (nn.layer_norm(), nn.softmax(), nn.log_softmax()):
+        own = params if layer.init is nn.layer_norm_init else {}
+        assert layer.forward(own, np.ones((2, 0, 3)))[0].shape == (2, 0, 3)
+        with pytest.raises(ValueError, match=r"x must be \(N, ..., \w+\), got shape \(2, 3, 0\)"):
+            layer.forward(own, np.ones((2, 3, 0)))
+
+
+def test_the_cache_of_another_layer_is_refused():
+    for layer in (nn.dropout(0.5), nn.batch_norm(), nn.layer_norm()):
+        for bad in ({}, {"other": np.ones((2, 3))}, np.ones((2, 3)), None):
+            with pytest.raises(ValueError, match="^(dropout|batch_norm|layer_norm): the cache is"):
+                layer.backward({}, bad, np.ones((2, 3)))
+
+
+def test_linear_names_the_features_of_an_input_with_leading_axes():
+    params, _ = nn.linear(2).init(0, (3,))
+    with pytest.raises(ValueError, match="^linear: x has 5 features, but W takes 3$"):
+        nn.linear_forward(params, np.ones((4, 3, 5)))
+    x = np.random.default_rng(0).normal(size=(4, 5, 3))
+    y, cache = nn.linear_forward(params, x)
+    np.testing.assert_allclose(y, np.einsum("nti,io->nto", x, params["W"].astype(np.float64)))
+    _, grads = nn.linear_backward(params, cache, upstream(y))
+    np.testing.assert_allclose(grads["W"], np.einsum("nti,nto->io", x, upstream(y)))
+    np.testing.assert_allclose(grads["b"], upstream(y).sum(axis=(0, 1)))
+    nothing, same = nn.linear_backward(params, cache, upstream(y), need_dx=False)
+    assert nothing is None
+    assert all_bytes(same) == all_bytes(grads)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -936,6 +1029,35 @@ def test_pinned_numbers():
     assert int(images.sum()) == pytest.approx(103_836, abs=40)  # sines may differ in the last bit
 
 
+def test_running_statistics_move_by_the_momentum_alone():
+    params, _ = nn.batch_norm().init(0, (2,))
+    x = np.array([[1.0, 4.0], [3.0, 8.0]])
+    _, cache = nn.batch_norm().forward(nn.training(frozen(params), 0), x)
+    cache = frozen(cache)
+    for momentum, mean, var in (
+        (0, [0, 0], [1, 1]),
+        (1, [2, 6], [2, 8]),
+        (0.5, [1, 3], [1.5, 4.5]),
+    ):
+        moved = nn.update_statistics(params, cache, momentum)
+        np.testing.assert_array_equal(moved["mean"], mean)
+        np.testing.assert_array_equal(moved["var"], var)
+    default = nn.update_statistics(params, cache)
+    np.testing.assert_allclose(default["mean"], [0.2, 0.6], rtol=1e-6)
+    np.testing.assert_allclose(default["var"], [1.1, 1.7], rtol=1e-6)
+    np.testing.assert_array_equal(params["var"], [1, 1])
+
+
+def test_the_key_of_a_child_decides_its_numbers():
+    one, two = nn.fold_key((3, 4), 0), nn.fold_key((3, 4), 1)
+    assert not np.array_equal(nn.uniform(1.0)(one, (4,)), nn.uniform(1.0)(two, (4,)))
+    rate, x = 0.5, np.ones((20, 20))
+    net = nn.sequential(nn.relu(), drop=nn.dropout(rate))
+    _, cache = net.forward(nn.training({}, (3, 4)), x)
+    _, alone = nn.dropout(rate).forward({"key": two}, x)
+    np.testing.assert_array_equal(cache["drop"]["mask"], alone["mask"])
+
+
 # ------------------------------------------------------------------------------------------------
 # Trees
 # ------------------------------------------------------------------------------------------------
@@ -1189,6 +1311,44 @@ def test_l2_penalty_is_on_matrices_and_kernels_alone(tree, coefficient):
     assert grads["net"]["W"].dtype == np.float32
 
 
+@pytest.mark.parametrize("loss", [nn.softmax_cross_entropy, nn.cross_entropy])
+def test_one_bad_probability_among_good_ones_is_refused(loss):
+    prediction = np.full((2, 2), 0.5)
+    for bad in (-0.1, 1.1, math.nan, math.inf, -math.inf):
+        for index in np.ndindex(2, 2):
+            target = np.full((2, 2), 0.5)
+            target[index] = bad
+            with pytest.raises(ValueError, match="target probabilities must be numbers from 0"):
+                loss(prediction, target)
+
+
+def test_one_bad_value_among_good_ones_is_refused():
+    for bad in (-0.1, 1.1, math.nan, math.inf, -math.inf):
+        for index in np.ndindex(2, 2):
+            values = np.full((2, 2), 0.5)
+            values[index] = bad
+            with pytest.raises(
+                ValueError, match="binary_cross_entropy: target must be from 0 to 1"
+            ):
+                nn.binary_cross_entropy(np.ones((2, 2)), values)
+            with pytest.raises(
+                ValueError, match="cross_entropy: probabilities must be from 0 to 1"
+            ):
+                nn.cross_entropy(values, np.array([0, 1]))
+
+
+@given(seed=st.integers(0, 10**6), smoothing=st.sampled_from([0.0, 0.1, 0.9]))
+def test_smoothing_mixes_the_target_with_equal_shares(seed, smoothing):
+    rng = np.random.default_rng(seed)
+    logits, labels = rng.normal(size=(3, 4)), rng.integers(0, 4, 3)
+    mixed = (1 - smoothing) * rows(labels, 4) + smoothing / 4
+    value, gradient = nn.softmax_cross_entropy(logits, labels, smoothing)
+    expected, expected_gradient = nn.softmax_cross_entropy(logits, mixed)
+    assert value == pytest.approx(expected)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=1e-15)
+    np.testing.assert_allclose(gradient, (np.exp(log_softmax(logits)) - mixed) / 3, atol=1e-15)
+
+
 # ------------------------------------------------------------------------------------------------
 # Optimisers and schedules
 # ------------------------------------------------------------------------------------------------
@@ -1389,7 +1549,7 @@ def test_optimisers_refuse_what_is_not_theirs(name):
                 optimizer.step(params, grads, {**state, quantity: {**state[quantity], "e": bad}})
     for rate in (math.nan, math.inf, -0.1):
         broken = constructor(lambda step, rate=rate: rate, **options)
-        with pytest.raises(ValueError, match=f"{where}: the learning rate of step 0 is {rate}"):
+        with pytest.raises(ValueError, match=f"{where}: lr at step 0 must be >= 0, got {rate}"):
             broken.step(params, grads, state)
 
 
@@ -1489,6 +1649,53 @@ def test_reduce_on_plateau_by_default_waits_for_ten_and_halves():
         assert state["scale"] == 1
     assert nn.reduce_on_plateau(state, 0.9995)["scale"] == 0.5
     assert nn.reduce_on_plateau(state, np.float32(0.998))["scale"] == 1
+
+
+def test_states_hold_what_the_rule_remembers_and_no_more():
+    params = some_params(0)
+    remembered = {
+        "sgd": set(),
+        "sgd momentum": {"velocity"},
+        "sgd nesterov": {"velocity"},
+        "adam": {"m", "v", "count"},
+        "adamw": {"m", "v", "count"},
+        "rmsprop": {"square_average"},
+        "rmsprop momentum": {"square_average", "velocity"},
+        "adagrad": {"square_sum"},
+        "adadelta": {"square_average", "change_average"},
+    }
+    for name, quantities in remembered.items():
+        constructor, _, _, options = OPTIMISERS[name]
+        state = constructor(0.1, **options).init(params)
+        assert state.keys() == {"step", "scale"} | quantities
+        assert (int(state["step"]), float(state["scale"])) == (0, 1.0)
+        for quantity in quantities:
+            assert nn.tree_flatten(state[quantity]).keys() == nn.tree_flatten(params).keys()
+            assert not any(leaf.any() for leaf in nn.tree_flatten(state[quantity]).values())
+
+
+def test_adam_counts_the_steps_of_each_entry():
+    optimizer = nn.adam(0.1)
+    params = {"a": np.ones(2), "b": np.ones(2)}
+    state = optimizer.init(params)
+    for grads in ({"a": np.ones(2)}, {"a": np.ones(2), "b": np.ones(2)}, {"a": np.ones(2)}):
+        params, state = optimizer.step(params, grads, state)
+    assert {name: int(count) for name, count in state["count"].items()} == {"a": 3, "b": 1}
+    assert {count.dtype for count in state["count"].values()} == {np.dtype(np.int64)}
+    assert int(state["step"]) == 3
+
+
+@given(losses=st.lists(st.sampled_from([2.0, 1.0, 0.5]), max_size=12),
+       factor=st.sampled_from([0.0, 0.3, 1.0]))  # fmt: skip
+def test_a_plateau_multiplies_the_scale_by_its_factor(losses, factor):
+    state = nn.sgd(1.0).init({})
+    best, bad, scale = math.inf, 0, 1.0
+    for loss in losses:
+        state = nn.reduce_on_plateau(state, loss, factor=factor, patience=1)
+        best, bad = (loss, 0) if loss < best else (best, bad + 1)
+        if bad > 1:
+            scale, bad = scale * factor, 0
+        assert float(state["scale"]) == scale
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1689,6 +1896,115 @@ def test_a_real_network_is_checked():
     nn.check_gradients(net, nn.training(params, 5), x, rtol=1e-4)
 
 
+def closures(factor):
+    """A pair of functions made anew, y = factor · x · W + b, right unless `factor` is wrong."""
+
+    def forward(params, x):
+        return 2.0 * x * params["W"] + params["b"], x
+
+    def backward(params, x, dy):
+        return factor * dy * params["W"], {"W": (2.0 * x * dy).sum(axis=0), "b": dy.sum(axis=0)}
+
+    return types.SimpleNamespace(forward=forward, backward=backward)
+
+
+def test_closures_are_checked_like_any_other_pair():
+    params = {"W": np.array([1.0, -2.0, 3.0]), "b": np.zeros(3)}
+    x = np.random.default_rng(0).normal(size=(2, 3))
+    nn.check_gradients(closures(2.0), params, x)
+    with pytest.raises(AssertionError, match=r"^check_gradients: dx\[0, 0\] is"):
+        nn.check_gradients(closures(-2.0), params, x)
+
+
+@given(size=st.integers(1, 90), data=st.data())
+def test_one_wrong_entry_is_found_wherever_it_is(size, data):
+    wrong = data.draw(st.integers(0, size - 1))
+
+    def backward(params, x, dy):
+        gradient = dy.sum(axis=0)
+        gradient[wrong] += 0.5
+        return dy, {"b": gradient}
+
+    layer = types.SimpleNamespace(forward=lambda params, x: (x + params["b"], x), backward=backward)
+    with pytest.raises(AssertionError, match=rf"^check_gradients: grads/b\[{wrong}\] is"):
+        nn.check_gradients(layer, {"b": np.zeros(size)}, np.ones((2, size)))
+
+
+@settings(max_examples=5)
+@given(row=st.integers(0, 249), column=st.integers(0, 399))
+def test_one_wrong_entry_among_100_000_is_found_and_named(row, column):
+    class Wrong(Stranger):
+        def dW(self, x, dy):
+            gradient = x.T @ dy
+            gradient[row, column] += 1e-2
+            return gradient
+
+    params, x = stranger_inputs(250, 400)
+    with pytest.raises(AssertionError, match=rf"grads/W\[{row}, {column}\] is"):
+        nn.check_gradients(Wrong(), params, x)
+
+
+def test_one_wrong_entry_of_dx_is_found():
+    class Wrong(Stranger):
+        def dx(self, W, dy):
+            gradient = dy @ W.T
+            gradient[17, 29] *= 1.5
+            return gradient
+
+    params, x = stranger_inputs(rows=50, columns=3, batch=40)
+    with pytest.raises(AssertionError, match=r"^check_gradients: dx\[17, 29\] is"):
+        nn.check_gradients(Wrong(), params, x)
+
+
+class NotFinite(Stranger):
+    """One entry of the gradient of b is not finite."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def db(self, dy):
+        gradient = dy.sum(axis=0)
+        gradient[1] = self.value
+        return gradient
+
+
+def test_a_gradient_that_is_not_a_number_is_found():
+    params, x = stranger_inputs()
+    with pytest.raises(AssertionError, match=r"^check_gradients: grads/b\[1\] is nan"):
+        nn.check_gradients(NotFinite(math.nan), params, x)
+
+
+def test_errors_that_cancel_are_found_with_some_key():
+    def backward(params, x, dy):
+        gradient = dy.sum(axis=0)
+        gradient[666:668] += [0.5, -0.5]
+        return dy, {"b": gradient}
+
+    layer = types.SimpleNamespace(forward=lambda params, x: (x + params["b"], x), backward=backward)
+    size, found = 2000, 0
+    for key in range(12):
+        with contextlib.suppress(AssertionError):
+            nn.check_gradients(layer, {"b": np.zeros(size)}, np.ones((1, size)), key=key)
+            continue
+        found += 1
+    assert found >= 3  # about half of the keys give the two entries one sign, so that they add up
+
+
+def test_the_key_of_a_check_decides_what_is_sent_back_and_is_0_by_default():
+    seen = []
+
+    def backward(params, x, dy):
+        seen.append(dy)
+        return dy, {}
+
+    layer = types.SimpleNamespace(forward=lambda params, x: (x, x), backward=backward)
+    nn.check_gradients(layer, {}, np.ones((2, 3)))
+    nn.check_gradients(layer, {}, np.ones((2, 3)), key=0)
+    nn.check_gradients(layer, {}, np.ones((2, 3)), key=1)
+    np.testing.assert_array_equal(seen[0], seen[1])
+    assert not np.array_equal(seen[0], seen[2])
+
+
 # ------------------------------------------------------------------------------------------------
 # Training helpers
 # ------------------------------------------------------------------------------------------------
@@ -1753,23 +2069,102 @@ def test_a_network_learns():
     assert nn.accuracy(net.forward(params, x)[0], labels) > 0.95
 
 
+def test_nobody_asks_for_the_gradient_of_the_data_in_training():
+    asked = []
+
+    class Asks(Stranger):
+        def backward(self, params, cache, dy, *, need_dx=True):
+            asked.append(need_dx)
+            return super().backward(params, cache, dy)
+
+    params, x = stranger_inputs()
+    nn.value_and_grad(Asks(), nn.mean_squared_error)(params, x, np.zeros((4, 3)))
+    assert asked == [False]
+
+
+def test_helpers_write_to_nothing():
+    net = network(3)
+    params, _ = net.init(0, (4,))
+    params, x = frozen(params), np.random.default_rng(0).normal(size=(5, 4))
+    x.flags.writeable = False
+    before = all_bytes(params, x)
+    in_training = nn.training(params, 1)
+    labels = np.array([0, 1, 0, 1, 1])
+    _, grads, cache = nn.value_and_grad(net, nn.softmax_cross_entropy)(in_training, x, labels)
+    grads, cache = frozen(grads), frozen(cache)
+    seen = all_bytes(grads, cache)
+    nn.clip_gradients(grads, 1e-3)
+    nn.tree_add(grads, nn.l2_penalty(params, 0.1)[1])
+    nn.update_statistics(params, cache)
+    nn.check_gradients(net, in_training, x, rtol=1e-4)
+    assert all_bytes(params, x) == before
+    assert all_bytes(grads, cache) == seen
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_gradient_that_is_not_a_number_is_found_among_many(value):
+    class Wrong(Stranger):
+        def dW(self, x, dy):
+            gradient = x.T @ dy
+            gradient[123, 45] = value
+            return gradient
+
+    params, x = stranger_inputs(400, 300)
+    with pytest.raises(AssertionError, match=rf"grads/W\[123, 45\] is {value}"):
+        nn.check_gradients(Wrong(), params, x)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_an_infinite_gradient_is_found(value):
+    params, x = stranger_inputs()
+    with pytest.raises(AssertionError, match=rf"grads/b\[1\] is {value}"):
+        nn.check_gradients(NotFinite(value), params, x)
+
+
+def test_an_index_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"fold_key: index must be below 2\*\*32, got 4294967296"):
+        nn.fold_key(0, 2**32)
+    assert nn.fold_key(0, 2**32 - 1)[-1] == 2**32 - 1
+
+
+@pytest.mark.parametrize(
+    "helper", [lambda g: nn.clip_gradients(g, 0.1), lambda g: nn.tree_add(g, g)]
+)
+def test_gradients_without_axes_stay_arrays(helper):
+    params = {"scale": np.array(3.0, np.float32)}
+    optimizer = nn.sgd(0.1)
+    optimizer.step(params, helper(params), optimizer.init(params))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_an_input_without_axes_is_refused(name):
+    layer = getattr(nn, name)(*{"linear": [3], "dropout": [0.5]}.get(name, []))
+    with pytest.raises(ValueError, match=f"{name}: (x must have a batch axis|x must be .*), got"):
+        layer.forward({}, np.array(0.5, np.float32))
+
+
+def not_a_rate(step):
+    return "fast"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: nn.sgd(10**400),
+        lambda: nn.sgd(0.1).step({}, {}, {"step": np.zeros(2, int), "scale": np.ones(())}),
+        lambda: nn.sgd(not_a_rate).step({}, {}, nn.sgd(1).init({})),
+    ],
+)
+def test_odd_arguments_of_optimisers_are_refused_by_name(call):
+    with pytest.raises((TypeError, ValueError), match="^sgd: "):
+        call()
+
+
 # ------------------------------------------------------------------------------------------------
 # Misuse: every public name
 # ------------------------------------------------------------------------------------------------
 
 Z, LABELS = np.ones((2, 3)), np.array([0, 2])
-PAIRS = [
-    "linear",
-    "identity",
-    "flatten",
-    "relu",
-    "leaky_relu",
-    "elu",
-    "sigmoid",
-    "tanh",
-    "softplus",
-]
-PAIRS += ["gelu", "silu", "softmax", "log_softmax", "dropout", "batch_norm", "layer_norm"]
 BOUND = {"leaky_relu": {"slope": 0.1}, "elu": {"alpha": 1.0}, "batch_norm": {"eps": 1e-5}}
 BOUND["layer_norm"] = BOUND["batch_norm"]
 
@@ -2758,7 +3153,7 @@ def test_script_keeps_the_best_epoch_and_all_metrics(blob_file, tmp_path, capsys
     train_mlp.add_network_options(parser, hidden=[8])
     net = train_mlp.build_mlp(parser.parse_args([]), 4)
     params, data = nn.load(out / "model.npz"), nn.read_dataset(blob_file)
-    loss = nn.softmax_cross_entropy
+    loss = train_mlp.choose_loss(parser.parse_args([]), 4)
     loss, accuracy = train_mlp.evaluate(net, params, loss, data["x_test"], data["y_test"])
     assert (f"{accuracy:.4f}", f"{loss:.4f}") == last.groups()
 
@@ -2804,6 +3199,7 @@ def test_script_takes_every_init(name, blob_file):
 @pytest.mark.parametrize("name", [*train_mlp.LOSSES, *train_mlp.ROW_LOSSES])
 def test_script_learns_with_every_loss(name, blob_file, capsys):
     options = ["--loss", name, "--epochs", "40", "--lr", "0.02", "--dropout", "0"]
+    options += ["--validation", "0"]
     assert train_on(blob_file, *options) == 0
     last = LAST_LINE.fullmatch(capsys.readouterr().out.splitlines()[-1])
     assert float(last[1]) > 0.7
@@ -2813,6 +3209,7 @@ def test_script_learns_with_every_loss(name, blob_file, capsys):
 def test_script_learns_with_every_optimiser(name, blob_file, capsys):
     extra = ["--momentum", "0.5"] if name in ("sgd", "rmsprop") else []
     options = ["--optimizer", name, "--weight-decay", "0.0001", "--epochs", "60", "--dropout", "0"]
+    options += ["--validation", "0"]
     assert train_on(blob_file, *options, *extra) == 0
     last = LAST_LINE.fullmatch(capsys.readouterr().out.splitlines()[-1])
     assert float(last[1]) > 0.7

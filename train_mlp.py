@@ -129,7 +129,7 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     )
     training = parser.add_argument_group("training")
     training.add_argument(
-        "--epochs", metavar="N", type=count, default=15, help="rounds of training"
+        "--epochs", metavar="N", type=count, default=20, help="rounds of training"
     )
     training.add_argument(
         "--batch-size", metavar="N", type=count, default=128, help="images a step"
@@ -172,8 +172,9 @@ def new_parser(description: str) -> argparse.ArgumentParser:
         "--label-smoothing",
         metavar="S",
         type=fraction,
-        default=0.0,
-        help="share of each target that is spread over all classes (cross-entropy)",
+        default=argparse.SUPPRESS,
+        help="share of each target that is spread over all classes (default: 0.1 with"
+        " cross-entropy, the one loss that takes it)",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -205,7 +206,7 @@ def add_network_options(parser: argparse.ArgumentParser, hidden: list[int]) -> A
     )
     network.add_argument("--init", choices=INITIALISERS, default="he-normal", help="first weights")
     network.add_argument(
-        "--dropout", metavar="RATE", type=fraction, default=0.2, help="after each hidden layer"
+        "--dropout", metavar="RATE", type=fraction, default=0.3, help="after each hidden layer"
     )
     network.add_argument(
         "--input-dropout", metavar="RATE", type=fraction, default=0.0, help="before the first one"
@@ -224,7 +225,8 @@ def choose_loss(options: argparse.Namespace, classes: int) -> Callable:
     if options.loss in ROW_LOSSES:
         return partial(loss_on_rows, loss=ROW_LOSSES[options.loss], classes=classes)
     if options.loss == "cross-entropy":
-        return partial(nn.softmax_cross_entropy, smoothing=options.label_smoothing)
+        smoothing = getattr(options, "label_smoothing", 0.1)
+        return partial(nn.softmax_cross_entropy, smoothing=smoothing)
     return LOSSES[options.loss]
 
 
@@ -266,7 +268,7 @@ def choose_optimizer(options: argparse.Namespace, steps_per_epoch: int) -> nn.Op
 
 def check_options(options: argparse.Namespace) -> None:
     """ValueError for options that contradict each other, before anything is done."""
-    if options.label_smoothing and options.loss != "cross-entropy":
+    if hasattr(options, "label_smoothing") and options.loss != "cross-entropy":
         raise ValueError(f"--label-smoothing goes with --loss cross-entropy, not {options.loss}")
     if hasattr(options, "momentum") and not OPTIMISERS[options.optimizer][2]:
         raise ValueError(f"--momentum goes with sgd or rmsprop, not {options.optimizer}")
@@ -615,7 +617,7 @@ def draw_mlp(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, train, report; gives the exit code."""
     parser = new_parser(str(__doc__).split("\n\n")[0])
-    add_network_options(parser, hidden=[512, 256])
+    add_network_options(parser, hidden=[512, 512])
     options = parser.parse_args(arguments)
     return guarded(parser.prog, partial(run, options, build_mlp, draw_mlp))
 
