@@ -2263,6 +2263,8 @@ def save(path: str | os.PathLike, tree: Tree) -> None:
     for name, leaf in flat.items():
         if not isinstance(leaf, (np.ndarray, np.generic)) or leaf.dtype.kind not in "biuf":
             raise TypeError(f"save: {name!r} must be an array of numbers, got {_kind(leaf)}")
+        if "\0" in name:
+            raise ValueError(f"save: a name must not contain NUL, got {name!r}")
     with _replacing(os.fspath(path)) as file, zipfile.ZipFile(file, "w") as archive:
         for name, leaf in flat.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -2278,7 +2280,7 @@ def _blaming(path: str) -> Iterator[None]:
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:
-        raise ValueError(f"{path}: cannot be read: {error or type(error).__name__}") from error
+        raise ValueError(f"{path}: cannot be read: {str(error) or type(error).__name__}") from error
 
 
 def _read_npy(member: IO[bytes], size: int) -> Array:
@@ -2291,9 +2293,13 @@ def _read_npy(member: IO[bytes], size: int) -> Array:
     if version not in readers:
         raise ValueError(f"unknown version {version} of the .npy format")
     shape, fortran, dtype = readers[version](member)
-    if dtype.kind not in "biuf" or math.prod(shape) * dtype.itemsize != size - member.tell():
+    expected = math.prod(shape) * dtype.itemsize
+    if dtype.kind not in "biuf" or expected != size - member.tell():
         raise ValueError(f"an array of {dtype} and shape {shape} does not fit in {size} bytes")
-    flat = np.frombuffer(member.read(), dtype)
+    data = member.read(expected)
+    if len(data) != expected or member.read(1):  # the end is where zipfile compares its checksum
+        raise ValueError(f"it does not have the {size} bytes that it claims")
+    flat = np.frombuffer(data, dtype)
     return flat.reshape(shape, order="F" if fortran else "C").astype(dtype.newbyteorder("="))
 
 
@@ -2420,11 +2426,14 @@ def read_dataset(path: str | os.PathLike) -> dict[str, Array]:
         data = {name: _as_images(parts[name]) for name in ("x_train", "x_test")}
         if data["x_train"].shape[1:] != data["x_test"].shape[1:]:
             raise ValueError("training and test images differ in size")
+        classes = 2**31  # what is beyond is damage, and might not fit in int64
         for name in ("y_train", "y_test"):
-            labels = parts[name].reshape(-1)
-            count, classes = len(data[f"x{name[1:]}"]), int(parts["y_train"].max(initial=0)) + 1
-            _check_labels(name, labels, count, classes)
+            labels = parts[name]
+            if labels.ndim == 2 and labels.shape[1] == 1:
+                labels = labels[:, 0]
+            _check_labels(name, labels, len(data[f"x{name[1:]}"]), classes)
             data[name] = labels.astype(np.int64)
+            classes = int(data["y_train"].max()) + 1
     return data
 
 
@@ -2461,10 +2470,13 @@ def _verify(name: str, packed: bytes) -> None:
     import hashlib
 
     size, digest = _MNIST_FILES[name]
+    unpacker = zlib.decompressobj(wbits=31)
     try:
-        unpacked = zlib.decompressobj(wbits=31).decompress(packed, size + 1)
+        unpacked = unpacker.decompress(packed, size + 1)
     except zlib.error as error:
         raise ValueError(f"{name} is damaged: {error}") from None
+    if not unpacker.eof or unpacker.unused_data:
+        raise ValueError(f"{name} is cut off or too long")
     if hashlib.sha256(unpacked).hexdigest() != digest:
         raise ValueError(f"{name} has the wrong SHA-256")
 
@@ -2480,7 +2492,7 @@ def _fetch(mirror: str, name: str, timeout: float, progress: Progress | None = N
     try:
         with urllib.request.urlopen(f"{mirror}/{name}", timeout=timeout) as response:
             total = int(response.headers.get("Content-Length") or 0)
-            while chunk := response.read(1 << 16):
+            while chunk := response.read1(1 << 16):
                 packed += chunk
                 if len(packed) > _MNIST_FILES[name][0] + 1024 or time.monotonic() > deadline:
                     raise OSError(f"{mirror}: {name} is too long or comes too slowly")

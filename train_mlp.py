@@ -515,8 +515,8 @@ def guarded(name: str, function: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"{name}: error: {str(error) or 'not enough memory'}", file=sys.stderr)
         return 2
     return 0
 

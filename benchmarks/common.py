@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
@@ -35,13 +36,51 @@ def version(package: str) -> str:
         return f"{package} not installed"
 
 
+def blas() -> str:
+    """The BLAS that NumPy was built with, and its kernels where the environment chooses them."""
+    import numpy as np
+
+    config: Any = np.show_config(mode="dicts")
+    library = config.get("Build Dependencies", {}).get("blas", {})
+    kernels = os.environ.get("OPENBLAS_CORETYPE", "not set")
+    name = f"{library.get('name', 'unknown')} {library.get('version', '')}".strip()
+    return f"BLAS {name}, OPENBLAS_CORETYPE {kernels}"
+
+
 def header() -> str:
     """Date, machine, versions: what figures are worth nothing without."""
-    kernels = os.environ.get("OPENBLAS_CORETYPE", "chosen by OpenBLAS")
     return (
         f"{datetime.date.today()}, {cpu()}, Python {platform.python_version()},"
-        f" {version('numpy')}, {version('torch')}, OpenBLAS kernels: {kernels}"
+        f" {version('numpy')}, {version('torch')}, {blas()}"
     )
+
+
+class Neighbours:
+    """How much of the machine other processes use; None where there is no /proc/stat."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.before = self._foreign_seconds()
+
+    @staticmethod
+    def _foreign_seconds() -> float | None:
+        """CPU seconds of all processes but this one and those of its children that have ended."""
+        if not os.path.exists("/proc/stat"):
+            return None
+        fields = pathlib.Path("/proc/stat").read_text().split()[1:9]
+        user, nice, system, _, _, irq, softirq, steal = map(int, fields)
+        ticks = user + nice + system + irq + softirq + steal
+        return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+
+    def report(self) -> str:
+        """One sentence; to be called once the children have ended."""
+        now = self._foreign_seconds()
+        if now is None or self.before is None:
+            return "The load of other processes is not known here."
+        capacity = (time.perf_counter() - self.started) * (os.cpu_count() or 1)
+        share = max(0.0, (now - self.before) / capacity)
+        advice = "; above 5 % the times mean little, run it again" if share > 0.05 else ""
+        return f"Other processes used {share:.0%} of the machine meanwhile{advice}."
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -1,6 +1,6 @@
 """The training step and the single forward pass of an MLP, against PyTorch and the bare products.
 
-    python benchmarks/mlp.py [--rounds 15] [--threads 2]
+    python benchmarks/mlp.py [--rounds 15] [--threads 2] [--quick]
 
 784-256-128-10 with ReLU and softmax cross entropy in float32. Ratios are to PyTorch eager.
 """
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from common import REPOSITORY, Worker, has_torch, header, serve, table, take_turns
+from common import REPOSITORY, Neighbours, Worker, has_torch, header, serve, table, take_turns
 
 WIDTHS = (784, 256, 128, 10)
 STEPS = {  # case: repeats a turn
@@ -33,9 +33,9 @@ LABELS = {
 ENGINES = {
     "torch": "PyTorch",
     "purenn": "purenn",
-    "lines": "purenn, with dx of the data",
+    "lines": "purenn, five lines",
     "products": "matrix products alone",
-    "numpy": "products and optimiser, bare",
+    "numpy": "products and optimiser in place",
 }
 
 
@@ -49,8 +49,8 @@ def batch_of(case: str) -> tuple[Any, Any, str]:
     return rng.normal(size=(count, 784)).astype(np.float32), rng.integers(0, 10, count), optimizer
 
 
-def purenn_case(case: str, with_dx: bool = False) -> Callable[[], object]:
-    """Written as the README does; `with_dx` in the long form, which computes dx of the data too."""
+def purenn_case(case: str, five_lines: bool = False) -> Callable[[], object]:
+    """With value_and_grad, or in the five lines of the design, with dx of the data as well."""
     sys.path.insert(0, str(REPOSITORY))
     import purenn as nn
 
@@ -62,18 +62,23 @@ def purenn_case(case: str, with_dx: bool = False) -> Callable[[], object]:
     optimizer = nn.sgd(0.01, momentum=0.9) if name == "sgd" else nn.adam()
     now = {"params": params, "state": optimizer.init(params)}
     gradients = nn.value_and_grad(net, nn.softmax_cross_entropy)
+    steps = itertools.count()
 
     def step() -> None:
         params = now["params"]
-        if with_dx:
-            logits, cache = net.forward(nn.training(params, (0, 1)), x)
-            _, dlogits = nn.softmax_cross_entropy(logits, labels)
-            _, grads = net.backward(params, cache, dlogits)
-        else:
-            __, grads, _ = gradients(nn.training(params, (0, 1)), x, labels)
-        now["params"], now["state"] = optimizer.step(params, grads, now["state"])
+        _, grads, cache = gradients(nn.training(params, (0, next(steps))), x, labels)
+        params, now["state"] = optimizer.step(params, grads, now["state"])
+        now["params"] = nn.update_statistics(params, cache)
 
-    return step
+    def step_in_five_lines() -> None:
+        params = now["params"]
+        logits, cache = net.forward(nn.training(params, (0, next(steps))), x)
+        _, dlogits = nn.softmax_cross_entropy(logits, labels)
+        _, grads = net.backward(params, cache, dlogits)
+        params, now["state"] = optimizer.step(params, grads, now["state"])
+        now["params"] = nn.update_statistics(params, cache)
+
+    return step_in_five_lines if five_lines else step
 
 
 def torch_case(case: str) -> Callable[[], object]:
@@ -114,7 +119,7 @@ def torch_case(case: str) -> Callable[[], object]:
 
 
 def numpy_case(case: str, with_optimizer: bool) -> Callable[[], object]:
-    """The matrix products of a step, and the optimiser's arithmetic in place: the limit."""
+    """The matrix products of a step, and the optimiser's arithmetic: nothing is allocated."""
     import numpy as np
 
     x, _, name = batch_of(case)
@@ -126,36 +131,40 @@ def numpy_case(case: str, with_optimizer: bool) -> Callable[[], object]:
     weights = [normals(*pair) for pair in itertools.pairwise(WIDTHS)]
     inputs = [x, *(normals(len(x), width) for width in WIDTHS[1:-1])]
     slopes = [normals(len(x), width) for width in WIDTHS[1:]]
-    memory = [(np.zeros_like(W), np.zeros_like(W)) for W in weights]
+    outputs, errors, grads, m, v, scratch = (
+        [np.zeros_like(array) for array in like]
+        for like in (slopes, inputs, weights, weights, weights, weights)
+    )
 
     def step() -> None:
-        for h, W in zip(inputs, weights, strict=True):
-            h @ W
+        for i, W in enumerate(weights):
+            np.matmul(inputs[i], W, out=outputs[i])
         if not name:
             return
-        grads = [h.T @ dy for h, dy in zip(inputs, slopes, strict=True)]
-        for W, dy in zip(weights[1:], slopes[1:], strict=True):
-            dy @ W.T
+        for i, W in enumerate(weights):
+            np.matmul(inputs[i].T, slopes[i], out=grads[i])
+            if i:
+                np.matmul(slopes[i], W.T, out=errors[i])
         if not with_optimizer:
             return
-        for W, g, (m, v) in zip(weights, grads, memory, strict=True):
+        for i, W in enumerate(weights):
+            change = scratch[i]
+            m[i] *= 0.9
             if name == "sgd":
-                m *= 0.9
-                m += g
-                g[...] = m
-                g *= 1e-9
+                m[i] += grads[i]
+                np.multiply(m[i], 1e-9, out=change)
             else:
-                m *= 0.9
-                m += 0.1 * g
-                g *= g
-                g *= 0.001
-                v *= 0.999
-                v += g
-                np.sqrt(v, out=g)
-                g += 1e-8
-                np.divide(m, g, out=g)
-                g *= 1e-9
-            W -= g
+                np.multiply(grads[i], 0.1, out=change)
+                m[i] += change
+                np.square(grads[i], out=change)
+                change *= 0.001
+                v[i] *= 0.999
+                v[i] += change
+                np.sqrt(v[i], out=change)
+                change += 1e-8
+                np.divide(m[i], change, out=change)
+                change *= 1e-9
+            W -= change
 
     return step
 
@@ -163,7 +172,7 @@ def numpy_case(case: str, with_optimizer: bool) -> Callable[[], object]:
 MAKERS: dict[str, Callable[[str], Callable[[], object]]] = {
     "torch": torch_case,
     "purenn": purenn_case,
-    "lines": lambda case: purenn_case(case, with_dx=True),
+    "lines": lambda case: purenn_case(case, five_lines=True),
     "products": lambda case: numpy_case(case, with_optimizer=False),
     "numpy": lambda case: numpy_case(case, with_optimizer=True),
 }
@@ -175,14 +184,18 @@ def main() -> None:
     parser.add_argument("--worker", choices=MAKERS, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=15, help="turns of each engine (default 15)")
     parser.add_argument("--threads", type=int, default=2, help="of BLAS and PyTorch (default 2)")
+    parser.add_argument("--quick", action="store_true", help="3 short turns, for a first look")
     options = parser.parse_args()
     if options.worker:
         serve(MAKERS[options.worker])
         return
+    rounds = 3 if options.quick else options.rounds
+    repeats = {case: count // 4 if options.quick else count for case, count in STEPS.items()}
+    neighbours = Neighbours()
     threads = {f"{pool}_NUM_THREADS": str(options.threads) for pool in ("OMP", "MKL", "OPENBLAS")}
     engines = [engine for engine in ENGINES if engine != "torch" or has_torch()]
     workers = {engine: Worker(__file__, engine, threads) for engine in engines}
-    times = take_turns(workers, STEPS, options.rounds)
+    times = take_turns(workers, repeats, rounds)
     for worker in workers.values():
         worker.close()
     rows = []
@@ -193,8 +206,9 @@ def main() -> None:
             share = f" ({ratio:.2f})" if engine != "torch" and "torch" in engines else ""
             cells.append(f"{times[engine, case] * 1e6:.0f}{share}")
         rows.append(cells)
-    print(f"{header()}, {options.threads} threads, medians of {options.rounds} turns\n")
+    print(f"{header()}, {options.threads} threads, medians of {rounds} turns\n")
     print(table(["microseconds (ratio)", *(ENGINES[engine] for engine in engines)], rows))
+    print(f"\n{neighbours.report()}")
 
 
 if __name__ == "__main__":

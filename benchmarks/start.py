@@ -1,6 +1,6 @@
 """What it costs to start: importing purenn, and the way from a cold start to the first prediction.
 
-    python benchmarks/start.py [--rounds 15]
+    python benchmarks/start.py [--rounds 15] [--quick]
 
 The prediction: start Python, load a saved 784-256-128-10 network, classify one image, exit.
 """
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 
-from common import REPOSITORY, has_torch, header, table
+from common import REPOSITORY, Neighbours, has_torch, header, table
 
 IMPORTS = {
     "numpy": "import numpy",
@@ -83,16 +83,19 @@ def main() -> None:
     """Measure both and print two tables."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15, help="turns of each (default 15)")
+    parser.add_argument("--quick", action="store_true", help="3 turns, for a first look")
     options = parser.parse_args()
+    rounds = 3 if options.quick else options.rounds
+    neighbours = Neighbours()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as source:
         shutil.copy(REPOSITORY / "purenn.py", source)
         shutil.copy(REPOSITORY / "purenn.py", folder)
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # so that `source` stays uncompiled
         py_compile.compile(os.path.join(folder, "purenn.py"), doraise=True)
 
-        print(f"{header()}, medians of {options.rounds} turns\n")
+        print(f"{header()}, medians of {rounds} turns\n")
         codes = {name: code.format(source=source) for name, code in IMPORTS.items()}
-        imports = medians(codes, folder, options.rounds)
+        imports = medians(codes, folder, rounds)
         base = imports["numpy"][0]
         rows = [
             [name, f"{seconds * 1e3:.0f}", f"{(seconds - base) * 1e3:.0f}"]
@@ -105,12 +108,13 @@ def main() -> None:
         if has_torch():
             run(SAVE_TORCH, folder)
             codes = PREDICTIONS
-        starts = medians(codes, folder, options.rounds)
+        starts = medians(codes, folder, rounds)
         rows = [[name, f"{s * 1e3:.0f}", f"{mb:.0f}"] for name, (s, mb) in starts.items()]
         if "PyTorch" in starts:
             ratios = [a / b for a, b in zip(starts["purenn"], starts["PyTorch"], strict=True)]
             rows.append(["ratio", *(f"{ratio:.2f}" for ratio in ratios)])
         print(table(["cold start to prediction", "ms", "peak memory, MB"], rows))
+        print(f"\n{neighbours.report()}")
 
 
 if __name__ == "__main__":
