@@ -582,6 +582,11 @@ def test_linear_starts_with_its_initialiser_and_no_bias():
     np.testing.assert_array_equal(default, nn.he_normal(nn.fold_key(5, 0), (4, 3)))
 
 
+def test_linear_refuses_an_initialiser_that_gives_another_shape():
+    with pytest.raises(ValueError, match=r"linear: init gave shape \(3, 4\), expected \(4, 3\)"):
+        nn.linear(3, lambda key, shape: nn.zeros(key, shape).T).init(0, (4,))
+
+
 def test_linear_says_what_does_not_fit():
     params, _ = nn.linear(10).init(0, (784,))
     with pytest.raises(ValueError, match="^linear: x has 100 features, but W takes 784$"):
@@ -2153,6 +2158,8 @@ MISUSE: dict[
     "global_norm": [(TypeError, "must be a dict", (Z,))],
     "clip_gradients": [
         (ValueError, "max_norm must be > 0", ({}, 0)),
+        (ValueError, "the norm of the gradients is nan", ({"a": Z * math.nan}, 1)),
+        (ValueError, "the norm of the gradients is inf", ({"a": Z, "b": Z * math.inf}, 1)),
         (ValueError, "max_norm", ({}, math.nan)),
         (ValueError, "max_norm", ({}, math.inf)),
         (TypeError, "max_norm must be a number", ({}, "1")),
@@ -2176,6 +2183,7 @@ MISUSE: dict[
         (TypeError, "out must be a whole number", (1.0,)),
         (TypeError, "out must be a whole number", (True,)),
         (TypeError, "init must be a function", (3, "he")),
+        (TypeError, "bias must be True or False", (3, nn.zeros, "no")),
     ],
     "leaky_relu": [
         (TypeError, "slope must be a number", ("1",)),
