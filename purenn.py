@@ -33,6 +33,7 @@ from functools import partial
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 __version__ = "0.1.0"
 
@@ -57,7 +58,11 @@ __all__ = [
     "log_softmax_forward", "log_softmax_backward", "log_softmax", "dropout_forward",
     "dropout_backward", "dropout", "batch_norm_init", "batch_norm_forward", "batch_norm_backward",
     "batch_norm", "update_statistics", "layer_norm_init", "layer_norm_forward",
-    "layer_norm_backward", "layer_norm", "sequential_init", "sequential_forward",
+    "layer_norm_backward", "layer_norm", "conv2d_init", "conv2d_forward", "conv2d_backward",
+    "conv2d", "pool2d_init", "max_pool2d_forward", "max_pool2d_backward", "max_pool2d",
+    "avg_pool2d_forward", "avg_pool2d_backward", "avg_pool2d", "global_avg_pool2d_init",
+    "global_avg_pool2d_forward", "global_avg_pool2d_backward", "global_avg_pool2d",
+    "sequential_init", "sequential_forward",
     "sequential_backward", "sequential", "residual_init", "residual_forward", "residual_backward",
     "residual",
     # losses
@@ -590,7 +595,8 @@ def flatten_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
 def flatten_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y (N, a·b·...) holds the entries of x (N, a, b, ...) in C order."""
     _check_input("flatten", params, x)
-    return x.reshape(x.shape[0], math.prod(x.shape[1:])), x
+    # The batch last, so that rows (H, C, W, N) of a convolution are copied in long stretches.
+    return np.moveaxis(x, 0, -1).reshape(math.prod(x.shape[1:]), len(x)).T, x
 
 
 def flatten_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
@@ -612,8 +618,7 @@ def flatten() -> Layer:
 def relu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = max(x, 0)."""
     _check_input("relu", params, x)
-    # A row of zeros, as NumPy has no vector code for the maximum with a single number.
-    y = np.maximum(x, np.zeros(x.shape[-1:], x.dtype))
+    y = np.clip(x, 0, np.inf)  # NumPy has no vector code for np.maximum(x, 0)
     return y, y
 
 
@@ -891,6 +896,23 @@ def batch_norm_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
     return {"gamma": one, "beta": zero, "mean": zero.copy(), "var": one.copy()}, shape
 
 
+def _channel_sums(*factors: Array) -> Array:
+    """Σ of the product of one or two arrays (N, C) or (N, C, H, W), over all axes but 1."""
+    axes = "nchw"[: factors[0].ndim]
+    return np.einsum(",".join([axes] * len(factors)) + "->c", *factors)
+
+
+def _per_channel(vector: Array, x: Array) -> Array:
+    """A vector (C,) so that it goes with x (N, C) or (N, C, H, W).
+
+    For images it is repeated along a row of pixels: NumPy is twice as slow with single numbers.
+    """
+    if x.ndim == 2:
+        return vector
+    N, C, _, W = x.shape
+    return np.repeat(vector, W * N).reshape(C, 1, W, N).transpose(3, 0, 1, 2)
+
+
 def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tree]:
     """y = gamma · (x - mean) / sqrt(var + eps) + beta, for x (N, C) or (N, C, H, W).
 
@@ -901,7 +923,6 @@ def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tr
     _check_input("batch_norm", params, x, _BATCH_NORM)
     if x.ndim not in (2, 4):
         raise ValueError(f"batch_norm: x must be (N, C) or (N, C, H, W), got shape {x.shape}")
-    channels = (-1,) + (1,) * (x.ndim - 2)  # the shape in which (C,) broadcasts against x
     entries = {}
     for name in ("gamma", "beta", "mean", "var"):
         entries[name] = entry = _entry("batch_norm", params, name, x.dtype)
@@ -911,21 +932,20 @@ def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tr
             )
     gamma, beta, mean, var = entries.values()
     if "key" in params:
-        axes = (0, 2, 3)[: x.ndim - 1]
         count = x.size // max(x.shape[1], 1)
         if count < 2:
             raise ValueError(f"batch_norm: training needs 2 values per channel, got {count}")
-        mean = x.mean(axis=axes)
-        centered = x - mean.reshape(channels)
-        var = np.square(centered).mean(axis=axes)
+        mean = _channel_sums(x) / count
+        centered = x - _per_channel(mean, x)
+        var = _channel_sums(centered, centered) / count
         statistics = {"mean": mean, "var": var * (count / (count - 1))}
         cache = {"statistics": statistics, "count": np.array(count)}
     else:
-        centered = x - mean.reshape(channels)
+        centered = x - _per_channel(mean, x)
         cache = {"statistics": {"mean": mean, "var": var}}
     inverse_std = 1 / np.sqrt(var + eps)
-    y = centered * (gamma * inverse_std).reshape(channels)
-    y += beta.reshape(channels)
+    y = centered * _per_channel(gamma * inverse_std, x)
+    y += _per_channel(beta, x)
     return y, {**cache, "centered": centered, "inverse_std": inverse_std}
 
 
@@ -941,16 +961,15 @@ def batch_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tr
     inverse_std = _entry("batch_norm", cache, "inverse_std", centered.dtype)
     gamma = _entry("batch_norm", params, "gamma", centered.dtype)
     dy = _check_gradient("batch_norm", dy, centered.shape, centered.dtype)
-    axes = (0, 2, 3)[: dy.ndim - 1]
-    channels = (-1,) + (1,) * (dy.ndim - 2)
-    dbeta = dy.sum(axis=axes)
-    dgamma = (dy * centered).sum(axis=axes) * inverse_std
-    dx = dy
+    dbeta = _channel_sums(dy)
+    dgamma = _channel_sums(dy, centered) * inverse_std
+    scale = gamma * inverse_std
+    dx = dy * _per_channel(scale, dy)
     if "count" in cache:
         count = int(cache["count"])
-        dx = dy - (dbeta / count).reshape(channels)
-        dx -= centered * (inverse_std * dgamma / count).reshape(channels)
-    return dx * (gamma * inverse_std).reshape(channels), {"gamma": dgamma, "beta": dbeta}
+        dx -= centered * _per_channel(scale * inverse_std * dgamma / count, dy)
+        dx -= _per_channel(scale * dbeta / count, dy)
+    return dx, {"gamma": dgamma, "beta": dbeta}
 
 
 def batch_norm(eps: float = 1e-5) -> Layer:
@@ -1049,6 +1068,497 @@ def layer_norm(eps: float = 1e-5) -> Layer:
     """Normalises each sample over its last axis (Ba et al. 2016), as PyTorch does."""
     eps = _number("layer_norm", "eps", eps, above=0, below=math.inf)
     return Layer(layer_norm_init, partial(layer_norm_forward, eps=eps), layer_norm_backward)
+
+
+# --- convolution and pooling ---
+#
+# To the caller arrays are (N, C, H, W). In memory these layers lay them out as (H, C, W, N), called
+# rows here, and hand back the transposed view. With the batch innermost every pass runs over long
+# contiguous stretches, and all that a row of windows covers lies together.
+
+
+def _rows_first(x: Array) -> Array:
+    """x (N, C, H, W) as contiguous rows (H, C, W, N); no copy where its memory is in that order."""
+    return np.ascontiguousarray(x.transpose(2, 1, 3, 0))
+
+
+def _batch_first(rows: Array) -> Array:
+    """The view (N, C, H, W) of rows (H, C, W, N)."""
+    return rows.transpose(3, 1, 0, 2)
+
+
+Pair = tuple[int, int]
+
+
+def _pair(where: str, name: str, value: Any, minimum: int) -> Pair:
+    """A whole number, or one for the height and one for the width, as a pair."""
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{where}: {name} must be a whole number or a pair of them, got {value}")
+    return _whole(where, name, pair[0], minimum), _whole(where, name, pair[1], minimum)
+
+
+def _check_images(where: str, params: Any, x: Any, names: Any = _KEY_ONLY) -> None:
+    _check_input(where, params, x, names)
+    if x.ndim != 4:
+        hint = "; give a single image a batch axis with x[None]" if x.ndim == 3 else ""
+        raise ValueError(f"{where}: x must be (N, C, H, W), got shape {x.shape}{hint}")
+
+
+class _Windows(NamedTuple):
+    """How windows move over an image; what is padded below and to the right follows from counts."""
+
+    counts: Pair  # windows below and beside each other
+    stride: Pair
+    before: Pair  # pixels of padding above and to the left; negative ones leave pixels out
+    dilation: Pair = (1, 1)
+
+
+def _windows(
+    where: str, image: Shape, size: Pair, stride: Pair, padding: tuple[Pair, Pair], dilation: Pair
+) -> _Windows:
+    """The windows that fit into an image (H, W) padded by ((above, below), (left, right))."""
+    padded = [length + sum(around) for length, around in zip(image, padding, strict=True)]
+    covers = [d * (places - 1) + 1 for d, places in zip(dilation, size, strict=True)]
+    if padded[0] < covers[0] or padded[1] < covers[1]:
+        raise ValueError(
+            f"{where}: the window covers {covers[0]} x {covers[1]} pixels,"
+            f" but the padded image has {padded[0]} x {padded[1]}"
+        )
+    counts = (padded[0] - covers[0]) // stride[0] + 1, (padded[1] - covers[1]) // stride[1] + 1
+    return _Windows(counts, stride, (padding[0][0], padding[1][0]), dilation)
+
+
+def _under(place: int, length: int, windows: _Windows, axis: int) -> tuple[slice, slice]:
+    """The windows that have a pixel and no padding under their place, and these pixels.
+
+    Along one axis (0 down, 1 across) of `length` pixels, window w has there the pixel
+    w · stride + place · dilation - before.
+    """
+    stride = windows.stride[axis]
+    offset = place * windows.dilation[axis] - windows.before[axis]
+    first = max(0, -(offset // stride))
+    last = min(windows.counts[axis], (length - 1 - offset) // stride + 1)
+    if first >= last:
+        return slice(0, 0), slice(0, 0)
+    start = first * stride + offset
+    return slice(first, last), slice(start, start + (last - first - 1) * stride + 1, stride)
+
+
+def _unfold(rows: Array, size: Pair, windows: _Windows, groups: int) -> list[Array]:
+    """What every row of windows covers, as matrices (groups, Ho, kernel rows·C/groups·kw, Wo·N).
+
+    The image is copied once per kernel column, into a buffer (groups, rows, C/groups, kw, Wo, N).
+    There, all that a row of windows covers lies together, and what neighbouring rows cover
+    overlaps: one matrix does. With dilation it lies apart, and there is one for each kernel row.
+    """
+    (H, C, W, N), (kh, kw), (Ho, Wo) = rows.shape, size, windows.counts
+    stride, dilation = windows.stride[0], windows.dilation[0]
+    span = (Ho - 1) * stride + (kh - 1) * dilation + 1
+    buffer = np.empty((groups, span, C // groups, kw, Wo, N), rows.dtype)
+    inside, within = _under(0, H, windows._replace(counts=(span, Wo), stride=(1, 1)), 0)
+    buffer[:, : inside.start] = 0
+    buffer[:, inside.stop :] = 0
+    source = rows[within].reshape(-1, groups, C // groups, W, N).swapaxes(0, 1)
+    for j in range(kw):
+        covering, pixels = _under(j, W, windows, 1)
+        column = buffer[:, inside, :, j]
+        column[:, :, :, : covering.start] = 0
+        column[:, :, :, covering] = source[:, :, :, pixels]
+        column[:, :, :, covering.stop :] = 0
+    together = kh if dilation == 1 else 1
+    shape = (groups, Ho, together * C // groups * kw, Wo * N)
+    strides = (buffer.strides[0], buffer.strides[1] * stride, buffer.strides[3], rows.itemsize)
+    return [
+        as_strided(buffer[:, i * dilation :], shape, strides, writeable=False)
+        for i in range(0, kh, together)
+    ]
+
+
+def _correlate(rows: Array, kernel: Array, windows: _Windows, groups: int) -> Array:
+    """Rows (Ho, out, Wo, N) of Σ kernel (out, C/groups, kh, kw) · what each window covers."""
+    out, channels, kh, kw = kernel.shape
+    matrices = _unfold(rows, (kh, kw), windows, groups)
+    weights = kernel.transpose(0, 2, 1, 3).reshape(groups, 1, out // groups, len(matrices), -1)
+    y = np.matmul(weights[:, :, :, 0], matrices[0])
+    for i in range(1, len(matrices)):
+        y += np.matmul(weights[:, :, :, i], matrices[i])
+    return y.swapaxes(0, 1).reshape(windows.counts[0], out, windows.counts[1], rows.shape[3])
+
+
+def _kernel_gradient(
+    rows: Array, drows: Array, shape: Shape, windows: _Windows, groups: int
+) -> Array:
+    """dW of `shape`: Σ over rows of drows (Ho, out, Wo, N) · what each window of `rows` covers."""
+    out, channels, kh, kw = shape
+    Ho = windows.counts[0]
+    dy = drows.reshape(Ho, groups, out // groups, -1).swapaxes(0, 1)
+    at_once = max(1, rows.size // math.prod(shape))  # the products of so many rows are as big as x
+    dW = []
+    for matrix in _unfold(rows, (kh, kw), windows, groups):
+        total: Any = 0
+        for first in range(0, Ho, at_once):
+            part = slice(first, first + at_once)
+            total = total + np.matmul(dy[:, part], matrix[:, part].swapaxes(2, 3)).sum(axis=1)
+        dW.append(total.reshape(out, -1, channels, kw))
+    return np.concatenate(dW, axis=1).transpose(0, 2, 1, 3)
+
+
+def _phases(
+    length: int, places: int, windows: _Windows, axis: int
+) -> Iterator[tuple[slice, list[int], int, int]]:
+    """The pixels that lie a stride apart, and the places of the kernel under which they come.
+
+    For pixel n of such a phase these are under window n - before + m · dilation, m = 0, 1, ...,
+    with the before and the dilation that are given last.
+    """
+    stride, dilation = windows.stride[axis], windows.dilation[axis]
+    for first in range(min(stride, length)):
+        start = first + windows.before[axis]
+        met = [p for p in reversed(range(places)) if (start - p * dilation) % stride == 0]
+        if met:
+            apart = (met[0] - met[1]) * dilation // stride if len(met) > 1 else 1
+            yield slice(first, None, stride), met, (met[0] * dilation - start) // stride, apart
+
+
+def _input_gradient(
+    drows: Array, kernel: Array, shape: Shape, windows: _Windows, groups: int
+) -> Array:
+    """dx as rows of `shape`: each phase of the stride is drows correlated with the turned kernel."""
+    out, channels, kh, kw = kernel.shape
+    swapped = kernel.reshape(groups, out // groups, channels, kh, kw).swapaxes(1, 2)
+    swapped = swapped.reshape(groups * channels, out // groups, kh, kw)
+    dx = np.zeros(shape, drows.dtype)
+    for down in _phases(shape[0], kh, windows, 0):
+        for across in _phases(shape[2], kw, windows, 1):
+            pixels, places, before, dilation = zip(down, across, strict=True)
+            phase = dx[pixels[0], :, pixels[1]]
+            moving = _Windows((phase.shape[0], phase.shape[2]), (1, 1), before, dilation)
+            turned = swapped[:, :, places[0]][:, :, :, places[1]]
+            phase[...] = _correlate(drows, turned, moving, groups)
+    return dx
+
+
+_CONV2D = frozenset({"W", "b", "key"})
+
+
+def conv2d_init(
+    key: Key,
+    shape: Shape,
+    *,
+    out: int,
+    kernel: Pair,
+    stride: Pair,
+    padding: tuple[Pair, Pair],
+    dilation: Pair,
+    groups: int,
+    init: Initializer,
+    bias: bool,
+) -> tuple[Tree, Shape]:
+    """W (out, C/groups, kh, kw) from `init`, b (out,) of zeros; (C, H, W) becomes (out, Ho, Wo).
+
+    Ho = (H + padding above and below - dilation · (kh - 1) - 1) // stride + 1, and so Wo.
+    """
+    shape = _check_shape("conv2d", shape, (3,))
+    if shape[0] % groups:
+        raise ValueError(f"conv2d: {groups} groups do not divide the {shape[0]} channels of x")
+    windows = _windows("conv2d", shape[1:], kernel, stride, padding, dilation)
+    expected = (out, shape[0] // groups, *kernel)
+    W = init(fold_key(key, 0), expected)
+    if np.shape(W) != expected:
+        raise ValueError(f"conv2d: init gave shape {np.shape(W)}, expected {expected}")
+    params = {"W": W}
+    if bias:
+        params["b"] = np.zeros(out, np.float32)
+    return params, (out, *windows.counts)
+
+
+def _conv2d_kernel(params: Tree, x: Array, groups: int) -> Array:
+    W = _entry("conv2d", params, "W", x.dtype)
+    if W.ndim != 4 or 0 in W.shape or W.shape[0] % groups:
+        raise ValueError(f"conv2d: W must be (out, in/{groups}, kh, kw), got shape {W.shape}")
+    if x.shape[1] != W.shape[1] * groups:
+        raise ValueError(f"conv2d: x has {x.shape[1]} channels, but W takes {W.shape[1] * groups}")
+    return W
+
+
+def conv2d_forward(
+    params: Tree, x: Array, *, stride: Pair, padding: tuple[Pair, Pair], dilation: Pair, groups: int
+) -> tuple[Array, Array]:
+    """y[n, o, r, s] = b[o] + Σ over c, i, j of W[o, c, i, j] · x[n, c, r·stride + i·dilation, ...].
+
+    x (N, C, H, W) with zeros around it, y (N, out, Ho, Wo). With groups, the channels of x and of
+    y fall into so many equal parts, and each part of y sees only its part of x.
+    """
+    _check_images("conv2d", params, x, _CONV2D)
+    W = _conv2d_kernel(params, x, groups)
+    windows = _windows("conv2d", x.shape[2:], W.shape[2:], stride, padding, dilation)
+    y = _correlate(_rows_first(x), W, windows, groups)
+    if "b" in params:
+        b = _entry("conv2d", params, "b", x.dtype)
+        if b.shape != W.shape[:1]:
+            raise ValueError(f"conv2d: b must have shape {W.shape[:1]}, got {b.shape}")
+        y += b[:, None, None]
+    return _batch_first(y), x
+
+
+def conv2d_backward(
+    params: Tree,
+    cache: Array,
+    dy: Array,
+    *,
+    need_dx: bool = True,
+    stride: Pair,
+    padding: tuple[Pair, Pair],
+    dilation: Pair,
+    groups: int,
+) -> tuple[Array | None, Tree]:
+    """dW[o, c, i, j] = Σ dy[n, o, r, s] · x[n, c, r·stride + i·dilation, ...], db = Σ dy.
+
+    dx is dy correlated with W turned by 180 degrees.
+    """
+    x = cache
+    _check_array("conv2d", "cache", x)
+    W = _conv2d_kernel(params, x, groups)
+    windows = _windows("conv2d", x.shape[2:], W.shape[2:], stride, padding, dilation)
+    dy = _check_gradient("conv2d", dy, (len(x), len(W), *windows.counts), x.dtype)
+    rows, drows = _rows_first(x), _rows_first(dy)
+    grads = {"W": _kernel_gradient(rows, drows, W.shape, windows, groups)}
+    if "b" in params:
+        grads["b"] = _channel_sums(dy)
+    if not need_dx:
+        return None, grads
+    return _batch_first(_input_gradient(drows, W, rows.shape, windows, groups)), grads
+
+
+def conv2d(
+    out: int,
+    kernel: int | Pair,
+    stride: int | Pair = 1,
+    padding: int | Pair | str = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    init: Initializer = he_normal,
+    bias: bool = True,
+) -> Layer:
+    """Convolution (cross-correlation, as everywhere) with `out` channels, as PyTorch's Conv2d.
+
+    `kernel`, `stride`, `padding` and `dilation` are numbers or pairs (height, width); padding
+    "same" keeps the size (stride 1 only; an odd pixel goes to the right and the bottom). With
+    `groups` equal to the channels of x it is depthwise.
+    """
+    out = _whole("conv2d", "out", out, 1)
+    groups = _whole("conv2d", "groups", groups, 1)
+    if out % groups:
+        raise ValueError(f"conv2d: {groups} groups do not divide the {out} channels of y")
+    size = _pair("conv2d", "kernel", kernel, 1)
+    moves = _pair("conv2d", "stride", stride, 1)
+    spread = _pair("conv2d", "dilation", dilation, 1)
+    if padding == "same":
+        if moves != (1, 1):
+            raise ValueError(f"conv2d: padding 'same' goes with stride 1, got {stride}")
+        missing = [d * (places - 1) for d, places in zip(spread, size, strict=True)]
+        around = [(pixels // 2, pixels - pixels // 2) for pixels in missing]
+    elif isinstance(padding, str):
+        raise ValueError(f"conv2d: padding must be numbers or 'same', got {padding!r}")
+    else:
+        around = [(pixels, pixels) for pixels in _pair("conv2d", "padding", padding, 0)]
+    if not isinstance(bias, bool):
+        raise TypeError(f"conv2d: bias must be True or False, got {_kind(bias)}")
+    if not callable(init):
+        raise TypeError(f"conv2d: init must be a function (key, shape) -> array, got {_kind(init)}")
+    options = {"stride": moves, "padding": tuple(around), "dilation": spread, "groups": groups}
+    return Layer(
+        partial(conv2d_init, out=out, kernel=size, init=init, bias=bias, **options),
+        partial(conv2d_forward, **options),
+        partial(conv2d_backward, **options),
+    )
+
+
+def _pool_windows(where: str, image: Shape, size: Pair, stride: Pair, padding: Pair) -> _Windows:
+    around = ((padding[0], padding[0]), (padding[1], padding[1]))
+    return _windows(where, image, size, stride, around, (1, 1))
+
+
+def pool2d_init(
+    key: Key, shape: Shape, *, where: str, size: Pair, stride: Pair, padding: Pair
+) -> tuple[Tree, Shape]:
+    """No params; (C, H, W) becomes (C, Ho, Wo), Ho = (H + 2 · padding - size) // stride + 1."""
+    shape = _check_shape(where, shape, (3,))
+    return {}, (shape[0], *_pool_windows(where, shape[1:], size, stride, padding).counts)
+
+
+def _pool2d(
+    where: str, forward: Callable, backward: Callable, size: Any, stride: Any, padding: Any
+) -> Layer:
+    size = _pair(where, "size", size, 1)
+    options = {
+        "size": size,
+        "stride": size if stride is None else _pair(where, "stride", stride, 1),
+        "padding": _pair(where, "padding", padding, 0),
+    }
+    if 2 * options["padding"][0] > size[0] or 2 * options["padding"][1] > size[1]:
+        raise ValueError(
+            f"{where}: padding must be at most half of the window {size}, got {padding}"
+        )
+    return Layer(
+        partial(pool2d_init, where=where, **options),
+        partial(forward, **options),
+        partial(backward, **options),
+    )
+
+
+def _at(axis: int, pixels: slice) -> tuple[slice, ...]:
+    """The index of these pixels along axis 0 (down) or 1 (across) of rows (H, C, W, N)."""
+    return (pixels,) if axis == 0 else (slice(None), slice(None), pixels)
+
+
+def _largest(rows: Array, size: Pair, windows: _Windows, axis: int) -> Array:
+    """The maximum of each window, along one axis."""
+    shape = list(rows.shape)
+    shape[2 * axis] = windows.counts[axis]
+    y = np.full(shape, -np.inf, rows.dtype)
+    for place in range(size[axis]):
+        covering, pixels = _under(place, rows.shape[2 * axis], windows, axis)
+        part = y[_at(axis, covering)]
+        np.maximum(part, rows[_at(axis, pixels)], out=part)
+    return y
+
+
+def _to_largest(
+    rows: Array, y: Array, dy: Array, size: Pair, windows: _Windows, axis: int
+) -> Array:
+    """dy of each window, given to the first pixel that has the window's maximum y."""
+    dx = np.zeros(rows.shape, rows.dtype)
+    left = dy.copy()
+    for place in range(size[axis]):
+        covering, pixels = _under(place, rows.shape[2 * axis], windows, axis)
+        window, pixel = _at(axis, covering), _at(axis, pixels)
+        given = left[window] * (rows[pixel] == y[window])
+        dx[pixel] += given
+        left[window] -= given
+    return dx
+
+
+def max_pool2d_forward(
+    params: Tree, x: Array, *, size: Pair, stride: Pair, padding: Pair
+) -> tuple[Array, Tree]:
+    """y[n, c, r, s] = the maximum of x[n, c] in the window at (r, s) · stride - padding.
+
+    x (N, C, H, W), y (N, C, Ho, Wo); padding never wins.
+    """
+    _check_images("max_pool2d", params, x)
+    windows = _pool_windows("max_pool2d", x.shape[2:], size, stride, padding)
+    across = _largest(_rows_first(x), size, windows, 1)
+    y = _batch_first(_largest(across, size, windows, 0))
+    return y, {"x": x, "across": _batch_first(across), "y": y}
+
+
+def max_pool2d_backward(
+    params: Tree, cache: Tree, dy: Array, *, size: Pair, stride: Pair, padding: Pair
+) -> tuple[Array, Tree]:
+    """dx: each dy goes to the maximum of its window, the first one of several as one reads.
+
+    The first row that has the maximum, and in it the first pixel: so it goes down the column of
+    the rows' maxima first, and then across each row.
+    """
+    if not isinstance(cache, dict) or not isinstance(cache.get("x"), np.ndarray):
+        raise ValueError(f"max_pool2d: the cache is not its own, it holds {_names(cache)}")
+    x = cache["x"]
+    windows = _pool_windows("max_pool2d", x.shape[2:], size, stride, padding)
+    dy = _check_gradient("max_pool2d", dy, (*x.shape[:2], *windows.counts), x.dtype)
+    across = _rows_first(_entry("max_pool2d", cache, "across", x.dtype))
+    y = _rows_first(_entry("max_pool2d", cache, "y", x.dtype))
+    dacross = _to_largest(across, y, _rows_first(dy), size, windows, 0)
+    return _batch_first(_to_largest(_rows_first(x), across, dacross, size, windows, 1)), {}
+
+
+def max_pool2d(
+    size: int | Pair, stride: int | Pair | None = None, padding: int | Pair = 0
+) -> Layer:
+    """The maximum of each window, as PyTorch's MaxPool2d; without `stride` windows lie side by side.
+
+    `size`, `stride` and `padding` (at most half the window) are numbers or pairs (height, width).
+    """
+    return _pool2d("max_pool2d", max_pool2d_forward, max_pool2d_backward, size, stride, padding)
+
+
+def avg_pool2d_forward(
+    params: Tree, x: Array, *, size: Pair, stride: Pair, padding: Pair
+) -> tuple[Array, Array]:
+    """y[n, c, r, s] = the mean of x[n, c] in the window at (r, s) · stride - padding.
+
+    x (N, C, H, W), y (N, C, Ho, Wo); padding counts as zeros.
+    """
+    _check_images("avg_pool2d", params, x)
+    windows = _pool_windows("avg_pool2d", x.shape[2:], size, stride, padding)
+    y = _rows_first(x)
+    for axis in (1, 0):
+        rows, shape = y, list(y.shape)
+        shape[2 * axis] = windows.counts[axis]
+        y = np.zeros(shape, rows.dtype)
+        for place in range(size[axis]):
+            covering, pixels = _under(place, rows.shape[2 * axis], windows, axis)
+            y[_at(axis, covering)] += rows[_at(axis, pixels)]
+    y *= 1 / math.prod(size)
+    return _batch_first(y), x
+
+
+def avg_pool2d_backward(
+    params: Tree, cache: Array, dy: Array, *, size: Pair, stride: Pair, padding: Pair
+) -> tuple[Array, Tree]:
+    """dx = the sum of dy / (size of a window) over the windows that cover the pixel."""
+    x = cache
+    _check_array("avg_pool2d", "cache", x)
+    windows = _pool_windows("avg_pool2d", x.shape[2:], size, stride, padding)
+    dy = _check_gradient("avg_pool2d", dy, (*x.shape[:2], *windows.counts), x.dtype)
+    dx = _rows_first(dy) * (1 / math.prod(size))
+    for axis in (0, 1):
+        drows, shape = dx, list(dx.shape)
+        shape[2 * axis] = x.shape[2 + axis]
+        dx = np.zeros(shape, x.dtype)
+        for place in range(size[axis]):
+            covering, pixels = _under(place, x.shape[2 + axis], windows, axis)
+            dx[_at(axis, pixels)] += drows[_at(axis, covering)]
+    return _batch_first(dx), {}
+
+
+def avg_pool2d(
+    size: int | Pair, stride: int | Pair | None = None, padding: int | Pair = 0
+) -> Layer:
+    """The mean of each window, as PyTorch's AvgPool2d; without `stride` windows lie side by side.
+
+    `size`, `stride` and `padding` (at most half the window) are numbers or pairs (height, width).
+    """
+    return _pool2d("avg_pool2d", avg_pool2d_forward, avg_pool2d_backward, size, stride, padding)
+
+
+def global_avg_pool2d_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
+    """No params; (C, H, W) becomes (C,)."""
+    return {}, _check_shape("global_avg_pool2d", shape, (3,))[:1]
+
+
+def global_avg_pool2d_forward(params: Tree, x: Array) -> tuple[Array, Array]:
+    """y (N, C) = the mean of x (N, C, H, W) over H and W."""
+    _check_images("global_avg_pool2d", params, x)
+    if 0 in x.shape[2:]:
+        raise ValueError(f"global_avg_pool2d: x has no pixels, got shape {x.shape}")
+    return x.mean(axis=(2, 3)), x
+
+
+def global_avg_pool2d_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+    """dx = dy / (H · W), the same for every pixel."""
+    x = cache
+    _check_array("global_avg_pool2d", "cache", x)
+    dy = _check_gradient("global_avg_pool2d", dy, x.shape[:2], x.dtype)
+    N, C, H, W = x.shape
+    share = np.ascontiguousarray(dy.T)[:, None] * (1 / (H * W))
+    return _batch_first(np.broadcast_to(share, (H, C, W, N)).copy()), {}
+
+
+def global_avg_pool2d() -> Layer:
+    """The mean of each channel, (N, C, H, W) -> (N, C) (Lin et al. 2014)."""
+    return Layer(global_avg_pool2d_init, global_avg_pool2d_forward, global_avg_pool2d_backward)
 
 
 # ------------------------------------------------------------------------------------------------
