@@ -79,7 +79,7 @@ __all__ = [
     # training helpers
     "value_and_grad", "data_parallel", "accuracy", "batches",
     # data
-    "draw_digits",
+    "draw_digits", "augment",
     # files and network
     "save", "load", "read_idx", "read_dataset", "MNIST_MIRRORS", "download_mnist",
 ]
@@ -1107,6 +1107,8 @@ def _check_images(where: str, params: Any, x: Any, names: Any = _KEY_ONLY) -> No
     if x.ndim != 4:
         hint = "; give a single image a batch axis with x[None]" if x.ndim == 3 else ""
         raise ValueError(f"{where}: x must be (N, C, H, W), got shape {x.shape}{hint}")
+    if 0 in x.shape[2:]:
+        raise ValueError(f"{where}: x has no pixels, got shape {x.shape}")
 
 
 class _Windows(NamedTuple):
@@ -1243,8 +1245,7 @@ def _kernel_rows(kernel: Array, groups: int) -> Array:
 
 def _kernel_gradient(buffer: Array, dy: Array, places: int, windows: _Windows) -> Array:
     """Σ over rows of the rows they cover · dy (groups, Ho, out, pixels): (groups, kh, ..., out)."""
-    groups, _, channels, pixels = buffer.shape
-    out = dy.shape[2]
+    (groups, _, channels, _), out = buffer.shape, dy.shape[2]
     dW = np.zeros((groups, places, channels, out), buffer.dtype)
     at_once = max(1, buffer.size // dW.size)  # the products of so many rows take no more memory
     for covering, taken, matrices in _blocks(buffer, places, windows):
@@ -1252,7 +1253,7 @@ def _kernel_gradient(buffer: Array, dy: Array, places: int, windows: _Windows) -
         for first in range(0, matrices.shape[1], at_once):
             part = slice(first, first + at_once)
             product = np.matmul(matrices[:, part], right[:, part]).sum(axis=1)
-            dW[:, taken] += product.reshape(groups, -1, channels, out)
+            dW[:, taken] += product.reshape(dW[:, taken].shape)
     return dW
 
 
@@ -1344,7 +1345,7 @@ def conv2d_forward(
     windows = _windows("conv2d", x.shape[2:], W.shape[2:], stride, padding, dilation)
     N, (Ho, Wo) = len(x), windows.counts
     buffer = _unfold(_rows_first(x), W.shape[3], windows, groups)
-    buffer = buffer.reshape(groups, x.shape[2], -1, Wo * N)
+    buffer = buffer.reshape(groups, x.shape[2], W.shape[1] * W.shape[3], Wo * N)
     y = _correlate(buffer, _kernel_rows(W, groups), windows)
     y = y.swapaxes(0, 1).reshape(Ho, len(W), Wo, N)
     if "b" in params:
@@ -1376,18 +1377,21 @@ def conv2d_backward(
     windows = _windows("conv2d", x.shape[2:], W.shape[2:], stride, padding, dilation)
     dy = _check_gradient("conv2d", dy, (len(x), len(W), *windows.counts), x.dtype)
     (N, _, H, width), (Ho, Wo), (out, channels, kh, kw) = x.shape, windows.counts, W.shape
-    columns = _unfold(_rows_first(x), kw, windows, groups)
     drows = _rows_first(dy).reshape(Ho, groups, out // groups, Wo * N).swapaxes(0, 1)
-    dW = _kernel_gradient(columns.reshape(groups, H, -1, Wo * N), drows, kh, windows)
+    buffer = _unfold(_rows_first(x), kw, windows, groups)
+    buffer = buffer.reshape(groups, H, channels * kw, Wo * N)
+    dW = _kernel_gradient(buffer, drows, kh, windows)
+    del buffer  # it and its gradient need not be there at once
     dW = dW.reshape(groups, kh, channels, kw, out // groups).transpose(0, 4, 2, 1, 3)
-    grads = {"W": dW.reshape(W.shape)}
+    grads = {"W": np.ascontiguousarray(dW).reshape(W.shape)}
     if "b" in params:
         grads["b"] = _channel_sums(dy)
     if not need_dx:
         return None, grads
-    drows = np.ascontiguousarray(drows)
-    dcolumns = _columns_gradient(drows, _kernel_rows(W, groups), H, windows)
-    return _batch_first(_fold(dcolumns.reshape(columns.shape), width, windows)), grads
+    dcolumns = _columns_gradient(
+        np.ascontiguousarray(drows), _kernel_rows(W, groups), H, windows
+    ).reshape(groups, H, channels, kw, Wo, N)
+    return _batch_first(_fold(dcolumns, width, windows)), grads
 
 
 def conv2d(
@@ -1547,7 +1551,7 @@ def max_pool2d_backward(
 def max_pool2d(
     size: int | Pair, stride: int | Pair | None = None, padding: int | Pair = 0
 ) -> Layer:
-    """The maximum of each window, as PyTorch's MaxPool2d; without `stride` windows lie side by side.
+    """The maximum of each window, as PyTorch's MaxPool2d. Without `stride` they lie side by side.
 
     `size`, `stride` and `padding` (at most half the window) are numbers or pairs (height, width).
     """
@@ -1597,7 +1601,7 @@ def avg_pool2d_backward(
 def avg_pool2d(
     size: int | Pair, stride: int | Pair | None = None, padding: int | Pair = 0
 ) -> Layer:
-    """The mean of each window, as PyTorch's AvgPool2d; without `stride` windows lie side by side.
+    """The mean of each window, as PyTorch's AvgPool2d. Without `stride` they lie side by side.
 
     `size`, `stride` and `padding` (at most half the window) are numbers or pairs (height, width).
     """
@@ -1612,8 +1616,6 @@ def global_avg_pool2d_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
 def global_avg_pool2d_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y (N, C) = the mean of x (N, C, H, W) over H and W."""
     _check_images("global_avg_pool2d", params, x)
-    if 0 in x.shape[2:]:
-        raise ValueError(f"global_avg_pool2d: x has no pixels, got shape {x.shape}")
     return x.mean(axis=(2, 3)), x
 
 
@@ -2855,6 +2857,76 @@ def _ink(segments: Array, generator: np.random.Generator, size: int) -> Array:
     image = ink * np.clip((thickness - _distances(segments, size)) / blur + 0.5, 0, 1)
     image += noise * generator.standard_normal(image.shape, np.float32)
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+def _spline(length: int, knots: int) -> Array:
+    """(length, knots): the cubic B-splines of evenly spaced knots, at the pixels of a line."""
+    at = np.linspace(0, knots - 3, length)[:, None] - np.arange(-1, knots - 1)
+    near = np.abs(at)
+    return np.where(near < 1, 2 / 3 - near**2 + near**3 / 2, np.maximum(2 - near, 0) ** 3 / 6)
+
+
+def _sampled(images: Array, rows: Array, columns: Array) -> Array:
+    """images (N, C, H, W) at the points (N, Ho, Wo), bilinear; zero outside."""
+    N, C, H, W = images.shape
+    padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    rows = np.clip(rows + 1, 0, H + 0.999)  # every point lies among the padded pixels
+    columns = np.clip(columns + 1, 0, W + 0.999)
+    top, left = rows.astype(np.intp), columns.astype(np.intp)
+    down = (rows - top).astype(images.dtype)[:, None]
+    right = (columns - left).astype(images.dtype)[:, None]
+    image = np.arange(N).reshape(N, 1, 1, 1) * C + np.arange(C).reshape(C, 1, 1)
+    corner = image * ((H + 2) * (W + 2)) + (top * (W + 2) + left)[:, None]
+    flat = padded.ravel()
+    upper = flat[corner] * (1 - right) + flat[corner + 1] * right
+    lower = flat[corner + W + 2] * (1 - right) + flat[corner + W + 3] * right
+    return upper * (1 - down) + lower * down
+
+
+def augment(
+    key: Key,
+    images: Array,
+    shift: float = 2.0,
+    rotation: float = 10.0,
+    scale: float = 0.1,
+    stretch: float = 0.1,
+    elastic: float = 0.0,
+) -> Array:
+    """Every image (N, C, H, W) moved, turned, scaled and stretched by chance, bilinearly.
+
+    Uniform in their ranges: the shift along each axis in ±`shift` pixels, the angle in ±`rotation`
+    degrees, the size in 1 ± `scale`, height to width in 1 ± `stretch`. `elastic` is the standard
+    deviation in pixels of a smooth displacement (cubic B-splines through a knot every 7 pixels;
+    after Simard et al. 2003). What comes in from outside is zero. All of it is drawn from the key.
+    """
+    _check_array("augment", "images", images)
+    if images.ndim != 4 or 0 in images.shape[1:]:
+        raise ValueError(f"augment: images must be (N, C, H, W), got shape {images.shape}")
+    shift = _number("augment", "shift", shift, minimum=0, below=math.inf)
+    rotation = _number("augment", "rotation", rotation, minimum=0, maximum=180)
+    scale = _number("augment", "scale", scale, minimum=0, below=1)
+    stretch = _number("augment", "stretch", stretch, minimum=0, below=1)
+    elastic = _number("augment", "elastic", elastic, minimum=0, below=math.inf)
+    N, _, H, W = images.shape
+    generator = _generator(key)
+    draws = generator.uniform(-1, 1, (5, N, 1, 1)).astype(np.float32)
+    angle = draws[2] * math.radians(rotation)
+    size = 1 + scale * draws[3]
+    ratio = np.sqrt(1 + stretch * draws[4])
+    y = np.arange(H, dtype=np.float32)[:, None] - (H - 1) / 2
+    x = np.arange(W, dtype=np.float32) - (W - 1) / 2
+    y, x = y - shift * draws[0], x - shift * draws[1]
+    y, x = (
+        (y * np.cos(angle) - x * np.sin(angle)) / (size * ratio) + (H - 1) / 2,
+        (y * np.sin(angle) + x * np.cos(angle)) / size * ratio + (W - 1) / 2,
+    )
+    if elastic:
+        down, across = (_spline(length, 4 + length // 7) for length in (H, W))
+        knots = generator.standard_normal((2, N, down.shape[1], across.shape[1]))
+        # At a pixel the squares of a line's splines add up to 0.48 on average.
+        bend = (elastic / 0.48) * (down @ knots @ across.T).astype(np.float32)
+        y, x = y + bend[0], x + bend[1]
+    return _sampled(images, y, x)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ import types
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -58,6 +59,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 sizes = st.integers(1, 5)
 any_shape = st.lists(sizes, max_size=3).map(tuple)
 features = st.lists(sizes, min_size=1, max_size=3).map(tuple)
+images = st.tuples(st.just(2), st.integers(5, 6), st.integers(5, 7))
 channels = st.one_of(st.tuples(sizes), st.tuples(sizes, sizes, sizes))
 rates = st.sampled_from([0.0, 0.2, 0.5, 0.9])
 slopes = st.floats(-2, 2, allow_nan=False)
@@ -83,6 +85,35 @@ def network(units):
     )
 
 
+def pairs(low, high):
+    one = st.integers(low, high)
+    return st.one_of(one, st.tuples(one, one))
+
+
+@st.composite
+def convolutions(draw):
+    """conv2d with any options, for 2 channels."""
+    groups = draw(st.sampled_from([1, 1, 2]))
+    stride = draw(pairs(1, 3))
+    paddings = pairs(0, 3) if stride not in (1, (1, 1)) else st.one_of(pairs(0, 3), st.just("same"))
+    return nn.conv2d(
+        groups * draw(st.integers(1, 2)),
+        draw(pairs(1, 3)),
+        stride=stride,
+        padding=draw(paddings),
+        dilation=draw(pairs(1, 2)),
+        groups=groups,
+        bias=draw(st.booleans()),
+    )
+
+
+@st.composite
+def pools(draw, constructor):
+    size = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    padding = tuple(draw(st.integers(0, places // 2)) for places in size)
+    return constructor(size, draw(st.one_of(st.none(), pairs(1, 3))), padding)
+
+
 LAYERS = {  # name: layers with generated options, shapes of one sample
     "linear": (st.builds(nn.linear, sizes, bias=st.booleans()), features),
     "identity": (st.builds(nn.identity), any_shape),
@@ -100,6 +131,10 @@ LAYERS = {  # name: layers with generated options, shapes of one sample
     "dropout": (st.builds(nn.dropout, rates), any_shape),
     "batch_norm": (st.builds(nn.batch_norm, st.sampled_from([1e-5, 1e-2])), channels),
     "layer_norm": (st.builds(nn.layer_norm, st.sampled_from([1e-5, 1e-2])), features),
+    "conv2d": (convolutions(), images),
+    "max_pool2d": (pools(nn.max_pool2d), images),
+    "avg_pool2d": (pools(nn.avg_pool2d), images),
+    "global_avg_pool2d": (st.builds(nn.global_avg_pool2d), images),
     "sequential": (st.builds(network, sizes), features),
     "residual": (st.builds(bottleneck, sizes), features),
 }
@@ -746,6 +781,349 @@ def test_update_statistics_reaches_every_depth_and_leaves_the_rest():
     )
     with pytest.raises(ValueError, match="update_statistics: mean is"):
         nn.update_statistics({"mean": np.ones(2)}, {"statistics": {"mean": np.ones(3)}})
+
+
+# ------------------------------------------------------------------------------------------------
+# Convolution and pooling against loops
+# ------------------------------------------------------------------------------------------------
+
+
+def both(value):
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def places(image, size, stride=1, padding=0, dilation=1):
+    """(r, s, rows, columns): each window and the pixels of the padded image that it covers."""
+    axes = [
+        [
+            (w, slice(w * step, w * step + spread * (places - 1) + 1, spread))
+            for w in range((length + 2 * pad - spread * (places - 1) - 1) // step + 1)
+        ]
+        for length, places, step, pad, spread in zip(
+            image, both(size), both(stride), both(padding), both(dilation), strict=True
+        )
+    ]
+    return [(r, s, rows, columns) for r, rows in axes[0] for s, columns in axes[1]]
+
+
+def around(x, padding, fill):
+    top, left = both(padding)
+    return np.pad(x, ((0, 0), (0, 0), (top, top), (left, left)), constant_values=fill)
+
+
+def inside(padded, padding, shape):
+    top, left = both(padding)
+    return padded[:, :, top : top + shape[2], left : left + shape[3]]
+
+
+def naive_conv2d(x, W, b, dy, padding, groups, **options):
+    """(y, dx, dW, db), window by window."""
+    padded = around(x, padding, 0)
+    y, dpadded, dW = np.zeros_like(dy), np.zeros_like(padded), np.zeros_like(W)
+    for group in range(groups):
+        out = slice(group * len(W) // groups, (group + 1) * len(W) // groups)
+        part = slice(group * W.shape[1], (group + 1) * W.shape[1])
+        for r, s, rows, columns in places(x.shape[2:], W.shape[2:], padding=padding, **options):
+            window = padded[:, part, rows, columns]
+            y[:, out, r, s] = np.einsum("ncij,ocij->no", window, W[out])
+            dW[out] += np.einsum("no,ncij->ocij", dy[:, out, r, s], window)
+            dpadded[:, part, rows, columns] += np.einsum("no,ocij->ncij", dy[:, out, r, s], W[out])
+    return y + b[:, None, None], inside(dpadded, padding, x.shape), dW, dy.sum(axis=(0, 2, 3))
+
+
+@st.composite
+def convolution_options(draw):
+    options = {name: draw(pairs(1, 3)) for name in ("stride", "dilation")}
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    return {**options, "padding": draw(pairs(0, 4)), "groups": groups}
+
+
+@settings(max_examples=60)
+@given(
+    options=convolution_options(),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    channels=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    shape=st.tuples(st.integers(1, 3), st.integers(4, 12), st.integers(4, 12)),
+    dtype=st.sampled_from([np.float32, np.float64]),
+    order=st.sampled_from(ORDERS),
+    seed=st.integers(0, 1000),
+)
+def test_conv2d_is_a_loop_over_windows(options, kernel, channels, shape, dtype, order, seed):
+    layer = nn.conv2d(channels[0] * options["groups"], kernel, **options)
+    sample = (channels[1] * options["groups"], *shape[1:])
+    moves = {name: options[name] for name in ("stride", "padding", "dilation")}
+    if not places(sample[1:], kernel, **moves):
+        with pytest.raises(
+            ValueError, match=r"conv2d: the window covers \d+ x \d+ pixels, but the"
+        ):
+            layer.init(seed, sample)
+        return
+    params, out = layer.init(seed, sample)
+    rng = np.random.default_rng(seed)
+    params = as_dtype(with_values(params, seed), dtype)
+    x = in_order(rng.normal(size=(shape[0], *sample)).astype(dtype), order)
+    y, cache = layer.forward(params, x)
+    dy = in_order(rng.normal(size=y.shape).astype(dtype), order)
+    dx, grads = layer.backward(params, cache, dy)
+    assert y.shape == (shape[0], *out)
+    expected = naive_conv2d(x, params["W"], params["b"], dy, **options)
+    for array, loop in zip((y, dx, grads["W"], grads["b"]), expected, strict=True):
+        tolerance = 1e-4 if dtype == np.float32 else 1e-11
+        np.testing.assert_allclose(array, loop, rtol=tolerance, atol=tolerance * 10)
+    np.testing.assert_array_equal(
+        layer.backward(params, cache, dy, need_dx=False)[1]["W"], grads["W"]
+    )
+    assert layer.backward(params, cache, dy, need_dx=False)[0] is None
+
+
+CONVOLUTIONS = {  # one for each option, at a size that people use
+    "plain": (nn.conv2d(16, 5), (8, 28, 28)),
+    "same": (nn.conv2d(16, 3, padding="same"), (16, 28, 28)),
+    "stride": (nn.conv2d(16, 3, stride=2, padding=1), (16, 28, 28)),
+    "kernel of pairs": (nn.conv2d(8, (1, 7), padding=(0, 3)), (8, 16, 16)),
+    "dilation": (nn.conv2d(8, 3, dilation=2, padding=2), (8, 16, 16)),
+    "groups": (nn.conv2d(16, 3, groups=4), (16, 16, 16)),
+    "depthwise": (nn.conv2d(16, 3, padding=1, groups=16), (16, 16, 16)),
+    "pointwise": (nn.conv2d(32, 1, bias=False), (16, 14, 14)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_conv2d_in_float32_is_that_in_float64(name):
+    layer, shape = CONVOLUTIONS[name]
+    params, out = layer.init(0, shape)
+    rng = np.random.default_rng(1)
+    x, dy = rng.normal(size=(8, *shape)), rng.normal(size=(8, *out))
+    y, cache = layer.forward(params, x.astype(np.float32))
+    dx, grads = layer.backward(params, cache, dy.astype(np.float32))
+    y64, cache = layer.forward(params, x)
+    dx64, grads64 = layer.backward(params, cache, dy)
+    pairs = [(y, y64), (dx, dx64), *((grads[entry], grads64[entry]) for entry in grads)]
+    for single, double in pairs:
+        assert single.dtype == np.float32
+        assert double.dtype == np.float64
+        assert np.abs(single - double).max() < 2e-6 * np.abs(double).max()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (3, 2), (4, 4), (5, 1)])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_padding_same_keeps_the_size_and_puts_the_odd_pixel_right_and_below(size, dilation):
+    layer = nn.conv2d(1, size, padding="same", dilation=dilation, init=nn.constant(1), bias=False)
+    params, shape = layer.init(0, (1, 9, 8))
+    assert shape == (1, 9, 8)
+    x = np.random.default_rng(0).normal(size=(1, 1, 9, 8))
+    missing = [dilation * (places - 1) for places in size]
+    padded = np.pad(x[0, 0], [(pixels // 2, pixels - pixels // 2) for pixels in missing])
+    expected = sum(
+        padded[i : i + 9, j : j + 8]
+        for i in range(0, missing[0] + 1, dilation)
+        for j in range(0, missing[1] + 1, dilation)
+    )
+    np.testing.assert_allclose(layer.forward(params, x)[0][0, 0], expected, atol=1e-12)
+
+
+def naive_pool2d(x, dy, size, stride, padding, kind):
+    """(y, dx), window by window; the maximum is the first one as one reads."""
+    padded = around(x, padding, -np.inf if kind == "max" else 0)
+    y, dpadded = np.zeros_like(dy), np.zeros_like(padded)
+    for r, s, rows, columns in places(x.shape[2:], size, stride, padding):
+        for n, c in np.ndindex(x.shape[:2]):
+            window, into = padded[n, c, rows, columns], dpadded[n, c, rows, columns]
+            if kind == "max":
+                first = np.unravel_index(window.argmax(), window.shape)
+                y[n, c, r, s] = window[first]
+                into[first] += dy[n, c, r, s]
+            else:
+                y[n, c, r, s] = window.sum() / window.size
+                into += dy[n, c, r, s] / window.size
+    return y, inside(dpadded, padding, x.shape)
+
+
+@pytest.mark.parametrize("kind", ["max", "avg"])
+@settings(max_examples=60)
+@given(
+    data=st.data(),
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(3, 9), st.integers(3, 9)),
+    values=st.integers(1, 5),
+    order=st.sampled_from(ORDERS),
+    seed=st.integers(0, 1000),
+)
+def test_pools_are_loops_over_windows_ties_included(kind, data, shape, values, order, seed):
+    size = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    stride = data.draw(st.one_of(st.none(), pairs(1, 5)))
+    padding = tuple(data.draw(st.integers(0, places // 2)) for places in size)
+    layer = (nn.max_pool2d if kind == "max" else nn.avg_pool2d)(size, stride, padding)
+    fits = all(n + 2 * p >= k for n, p, k in zip(shape[2:], padding, size, strict=True))
+    if not fits:
+        with pytest.raises(ValueError, match=f"{kind}_pool2d: the window covers"):
+            layer.init(0, shape[1:])
+        return
+    rng = np.random.default_rng(seed)
+    x = in_order(rng.integers(0, values, shape) - values / 2, order)  # few values, so many ties
+    y, cache = layer.forward({}, x)
+    assert y.shape == (shape[0], *layer.init(0, shape[1:])[1])
+    dy = in_order(rng.normal(size=y.shape), order)
+    dx, _ = layer.backward({}, cache, dy)
+    expected, dexpected = naive_pool2d(
+        x, dy, size, size if stride is None else stride, padding, kind
+    )
+    np.testing.assert_allclose(y, expected, atol=1e-12)
+    np.testing.assert_allclose(dx, dexpected, atol=1e-12)
+
+
+def test_padding_never_wins_even_against_the_lowest_values():
+    layer = nn.max_pool2d(2, padding=1)
+    x = np.full((1, 1, 2, 2), -np.inf)
+    y, cache = layer.forward({}, x)
+    dx, _ = layer.backward({}, cache, np.ones_like(y))
+    np.testing.assert_array_equal(y, np.full((1, 1, 2, 2), -np.inf))
+    np.testing.assert_array_equal(dx, np.ones((1, 1, 2, 2)))
+
+
+def test_global_avg_pool2d_is_the_mean():
+    x = np.random.default_rng(0).normal(size=(3, 4, 5, 6))
+    y, cache = nn.global_avg_pool2d().forward({}, x)
+    np.testing.assert_allclose(y, x.mean(axis=(2, 3)))
+    dx, _ = nn.global_avg_pool2d().backward({}, cache, y)
+    np.testing.assert_allclose(dx, np.broadcast_to(y[:, :, None, None] / 30, x.shape))
+
+
+IMAGE_LAYERS = {
+    "conv2d": nn.conv2d(5, 3, padding=1),
+    "strided": nn.conv2d(6, 3, stride=2, groups=2),
+    "dilated": nn.conv2d(5, 3, dilation=2),
+    "max_pool2d": nn.max_pool2d(2),
+    "avg_pool2d": nn.avg_pool2d(3, 2, 1),
+    "batch_norm": nn.batch_norm(),
+    "relu": nn.relu(),
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_LAYERS)
+def test_results_lie_in_memory_as_rows_so_that_nothing_is_copied_between_layers(name):
+    layer = IMAGE_LAYERS[name]
+    params, _ = layer.init(0, (4, 8, 9))
+    x = in_order(np.random.default_rng(0).normal(size=(7, 4, 8, 9)), "rows first")
+    y, cache = layer.forward(nn.training(params, 0), x)
+    dx, _ = layer.backward(params, cache, y)
+    for array in (y, dx):
+        assert array.transpose(2, 1, 3, 0).flags.c_contiguous
+
+
+def test_a_flattened_image_is_the_same_numbers_whatever_its_memory():
+    x = np.random.default_rng(0).normal(size=(4, 2, 3, 5))
+    for order in ORDERS:
+        np.testing.assert_array_equal(
+            nn.flatten().forward({}, in_order(x, order))[0], x.reshape(4, -1)
+        )
+    assert np.shares_memory(nn.flatten().forward({}, x)[0], x)
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_a_convolution_needs_memory_for_a_copy_per_kernel_column(kernel):
+    layer = nn.conv2d(16, kernel, padding="same")
+    params, _ = layer.init(0, (16, 32, 32))
+    x = np.random.default_rng(0).normal(size=(8, 16, 32, 32)).astype(np.float32)
+    x = in_order(x, "rows first")
+    y, cache = layer.forward(params, x)
+    assert cache is x  # and no unfolded copy of it
+    for call in (lambda: layer.forward(params, x), lambda: layer.backward(params, cache, y)):
+        assert peak_memory(call) < (kernel + 2.6) * x.nbytes
+
+
+def test_conv2d_finds_at_init_what_it_would_find_at_the_first_step():
+    x = np.ones((2, 4, 6, 7))
+    for layer, words in [
+        (
+            nn.conv2d(3, 9, padding=1),
+            "conv2d: the window covers 9 x 9 pixels, but the padded image has 8 x 9",
+        ),
+        (
+            nn.conv2d(3, 3, dilation=(3, 1)),
+            "conv2d: the window covers 7 x 3 pixels, but the padded image has 6 x 7",
+        ),
+        (nn.conv2d(3, 3, groups=3), "conv2d: 3 groups do not divide the 4 channels of x"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            layer.init(0, x.shape[1:])
+        kernel = (3, 9, 9) if "9 x 9" in words else (3, 3, 3)
+        W = np.ones((kernel[0], 4 if "groups" not in words else 1, *kernel[1:]))
+        with pytest.raises(ValueError, match=words if "groups" not in words else "W takes 3"):
+            layer.forward({"W": W}, x)
+    for layer in (nn.max_pool2d(7), nn.avg_pool2d(7)):
+        for call in (
+            lambda layer=layer: layer.init(0, (4, 6, 7)),
+            lambda layer=layer: layer.forward({}, x),
+        ):
+            with pytest.raises(
+                ValueError, match="pool2d: the window covers 7 x 7 pixels, but the pad"
+            ):
+                call()
+
+
+def test_layers_of_images_say_what_does_not_fit():
+    layer = nn.conv2d(4, 3, groups=2)
+    params, _ = layer.init(0, (2, 5, 5))
+    x = np.ones((1, 2, 5, 5), np.float32)
+    for bad, words in [
+        (x[0], r"conv2d: x must be \(N, C, H, W\), got shape \(2, 5, 5\); give a single image"),
+        (x[:, :, 0, 0], r"conv2d: x must be \(N, C, H, W\), got shape \(1, 2\)$"),
+        (np.ones((1, 3, 5, 5), np.float32), "conv2d: x has 3 channels, but W takes 2"),
+        (x[:, :, :0], r"conv2d: x has no pixels, got shape \(1, 2, 0, 5\)"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            layer.forward(params, bad)
+    for entries, words in [
+        ({"W": params["W"][0]}, r"conv2d: W must be \(out, in/2, kh, kw\), got shape \(1, 3, 3\)"),
+        (
+            {"W": params["W"][:3]},
+            r"conv2d: W must be \(out, in/2, kh, kw\), got shape \(3, 1, 3, 3\)",
+        ),
+        ({"W": params["W"][:, :0]}, r"conv2d: W must be"),
+        (
+            {"W": params["W"], "b": np.ones(3, np.float32)},
+            r"conv2d: b must have shape \(4,\), got \(3",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            layer.forward(entries, x)
+    with pytest.raises(
+        ValueError, match=r"conv2d: init gave shape \(1,\), expected \(2, 1, 3, 3\)"
+    ):
+        nn.conv2d(2, 3, init=lambda key, shape: np.ones(1)).init(0, (1, 5, 5))
+    for pool in (nn.max_pool2d(2), nn.avg_pool2d(2), nn.global_avg_pool2d()):
+        with pytest.raises(
+            ValueError, match=r"pool2d: x must be \(N, C, H, W\), got shape \(2, 5, 5"
+        ):
+            pool.forward({}, x[0])
+        with pytest.raises(ValueError, match="pool2d: x has no pixels"):
+            pool.forward({}, x[:, :, :, :0])
+        with pytest.raises(ValueError, match=r"pool2d: shape \(5, 5\) has 2 axes, expected 3"):
+            pool.init(0, (5, 5))
+    with pytest.raises(ValueError, match="conv2d: shape .* has 2 axes, expected 3"):
+        layer.init(0, (5, 5))
+
+
+def test_conv2d_starts_with_its_initialiser_and_no_bias():
+    params, _ = nn.conv2d(4, 3, init=nn.constant(2)).init(0, (2, 5, 5))
+    np.testing.assert_array_equal(params["W"], np.full((4, 2, 3, 3), 2))
+    np.testing.assert_array_equal(params["b"], np.zeros(4))
+    assert set(nn.conv2d(4, 3, bias=False).init(0, (2, 5, 5))[0]) == {"W"}
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 1000), mean=st.sampled_from([0.0, 100.0]))
+def test_batch_norm_of_images_is_its_formula(seed, mean):
+    x = np.random.default_rng(seed).normal(mean, 2, size=(6, 3, 5, 4)).astype(np.float32)
+    params = with_values(nn.batch_norm().init(0, (3, 5, 4))[0], seed)
+    y, cache = nn.batch_norm().forward(nn.training(params, 0), in_order(x, "rows first"))
+    x = x.astype(np.float64)
+    axes = (0, 2, 3)
+    normal = (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + 1e-5)
+    expected = params["gamma"][:, None, None] * normal + params["beta"][:, None, None]
+    np.testing.assert_allclose(y, expected, atol=2e-4)
+    np.testing.assert_allclose(cache["statistics"]["mean"], x.mean(axes), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(cache["statistics"]["var"], x.var(axes, ddof=1), rtol=1e-3)
 
 
 # --- combinators ---
@@ -2030,6 +2408,62 @@ def test_value_and_grad_takes_a_stranger():
     np.testing.assert_allclose(grads["W"], x.T @ (2 * y / y.size))
 
 
+def parallel_case(batch, norm=False, seed=0):
+    layers = [nn.conv2d(3, 3), *([nn.batch_norm()] if norm else []), nn.relu(), nn.flatten()]
+    net = nn.sequential(*layers, nn.dropout(0.5), block=nn.sequential(nn.linear(4)))
+    params, _ = net.init(seed, (1, 6, 6))
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(batch, 1, 6, 6))
+    return net, params, x, rng.integers(0, 4, batch)
+
+
+@given(batch=st.integers(1, 9), shards=st.integers(1, 12), seed=st.integers(0, 100))
+def test_data_parallel_is_the_same_gradient(batch, shards, seed):
+    net, params, x, labels = parallel_case(batch, seed=seed)
+    gradients = nn.value_and_grad(net, nn.softmax_cross_entropy)
+    loss, grads, _ = gradients(params, x, labels)
+    in_parts = nn.data_parallel(gradients, shards)
+    loss_in_parts, grads_in_parts, cache = in_parts(params, x, labels)
+    assert abs(loss - loss_in_parts) < 1e-12
+    assert cache == {}
+    nn.tree_map(partial(np.testing.assert_allclose, atol=1e-12), grads_in_parts, grads)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_data_parallel_depends_on_its_shards_alone(shards):
+    net, params, x, labels = parallel_case(8, norm=True)
+    gradients = nn.value_and_grad(net, nn.softmax_cross_entropy)
+    params = nn.training(frozen(params), (1, 2))
+    before = all_bytes(params, x)
+    loss, grads, cache = nn.data_parallel(gradients, shards)(params, x, labels)
+    with ThreadPoolExecutor(3) as pool:
+        threaded = pickle.loads(pickle.dumps(gradients))
+        again = nn.data_parallel(threaded, shards, pool.map)(params, x, labels)
+    assert loss == again[0]
+    assert all_bytes(grads, cache) == all_bytes(*again[1:])
+    assert all_bytes(params, x) == before
+    ends = [8 * shard // shards for shard in range(shards + 1)]
+    parts = [
+        gradients(
+            {**params, "key": nn.fold_key(params["key"], shard)}, x[start:stop], labels[start:stop]
+        )
+        for shard, (start, stop) in enumerate(itertools.pairwise(ends))
+    ]
+    shares = np.diff(ends) / 8
+    assert abs(loss - sum(s * part[0] for s, part in zip(shares, parts, strict=True))) < 1e-12
+    for tree, which in ((grads, 1), (nn.update_statistics(params, cache, 1.0), None)):
+        expected = [
+            part[1] if which else nn.update_statistics(params, part[2], 1.0) for part in parts
+        ]
+        expected = nn.tree_map(
+            lambda *a: sum(s * b for s, b in zip(shares, a, strict=True)), *expected
+        )
+        flat = nn.tree_flatten(expected)
+        for path, leaf in nn.tree_flatten(tree).items():
+            if path != "key":
+                np.testing.assert_allclose(leaf, flat[path], rtol=1e-6, atol=1e-9)
+
+
 def test_a_network_learns():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 2))
@@ -2137,6 +2571,128 @@ def test_odd_arguments_of_optimisers_are_refused_by_name(call):
 
 
 # ------------------------------------------------------------------------------------------------
+# Augmentation
+# ------------------------------------------------------------------------------------------------
+
+STILL = {"shift": 0, "rotation": 0, "scale": 0, "stretch": 0}
+
+
+@given(
+    shape=st.tuples(st.integers(0, 4), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
+    amounts=st.fixed_dictionaries(
+        {
+            "shift": st.floats(0, 20),
+            "rotation": st.floats(0, 180),
+            "scale": st.floats(0, 0.99),
+            "stretch": st.floats(0, 0.99),
+            "elastic": st.floats(0, 5),
+        }
+    ),
+    dtype=st.sampled_from([np.float32, np.float64]),
+    order=st.sampled_from(ORDERS),
+    seed=st.integers(0, 1000),
+)
+def test_augment_is_pure_and_never_leaves_the_range_of_values(shape, amounts, dtype, order, seed):
+    images = np.random.default_rng(seed).random(shape).astype(dtype)
+    images = frozen({"x": in_order(images, order)})["x"]
+    before = all_bytes(images)
+    changed = nn.augment(seed, images, **amounts)
+    assert changed.dtype == dtype
+    assert changed.shape == shape
+    assert all_bytes(images) == before
+    assert all_bytes(nn.augment(seed, images, **amounts)) == all_bytes(changed)
+    if images.size:
+        assert changed.min() >= 0
+        assert changed.max() <= images.max() * (1 + 1e-6)
+    np.testing.assert_allclose(nn.augment(seed, images, **STILL), images, atol=1e-4)
+
+
+def test_samples_between_pixels_are_bilinear_and_zero_outside():
+    image = np.arange(12.0).reshape(1, 1, 3, 4) + 1
+    points = [
+        (0, 0),
+        (2, 3),
+        (0.5, 1),
+        (1, 1.25),
+        (1.5, 2.5),
+        (-0.5, 0),
+        (2, 3.75),
+        (-1, 0),
+        (9, -9),
+    ]
+    rows, columns = np.array(points).T.reshape(2, 1, 1, -1)
+    values = nn._sampled(image, rows, columns)[0, 0, 0]
+    np.testing.assert_allclose(values, [1, 12, 4, 6.25, 9.5, 0.5, 3, 0, 0], atol=0.05)
+
+
+def moments(images):
+    """(rows, columns) of the centre of each image, and its covariance there."""
+    weights = images[:, 0] / images[:, 0].sum(axis=(1, 2), keepdims=True)
+    rows, columns = np.indices(images.shape[2:])
+    means = [(weights * axis).sum(axis=(1, 2)) for axis in (rows, columns)]
+    deviations = [
+        axis - mean[:, None, None] for axis, mean in zip((rows, columns), means, strict=True)
+    ]
+    covariance = [[(weights * a * b).sum(axis=(1, 2)) for a in deviations] for b in deviations]
+    return np.array(means), np.array(covariance)
+
+
+def ellipses(count, height=41, width=41, rows=8.0, columns=4.0):
+    """The same soft ellipse again and again, in the middle."""
+    y, x = np.indices((height, width)) - np.array([height - 1, width - 1])[:, None, None] / 2
+    return np.repeat(np.exp(-((y / rows) ** 2 + (x / columns) ** 2))[None, None], count, axis=0)
+
+
+def test_shifts_are_uniform_pixels_along_both_axes():
+    images = ellipses(400)
+    centres, _ = moments(nn.augment(3, images, **{**STILL, "shift": 4}))
+    for axis in centres - 20:
+        assert 3.8 < axis.max() <= 4.01
+        assert -4.01 <= axis.min() < -3.8
+        assert abs(axis.std() - 4 / math.sqrt(3)) < 0.2
+    assert abs(np.corrcoef(centres)[0, 1]) < 0.15
+
+
+def test_rotations_are_uniform_degrees_around_the_middle():
+    centres, ((rr, rc), (_, cc)) = moments(
+        nn.augment(3, ellipses(400), **{**STILL, "rotation": 30})
+    )
+    angles = np.degrees(np.arctan2(2 * rc, rr - cc) / 2)
+    assert 28.5 < angles.max() < 30.2
+    assert -30.2 < angles.min() < -28.5
+    np.testing.assert_allclose(centres, 20, atol=0.05)
+
+
+def test_scales_and_stretches_change_size_and_ratio():
+    _, ((rr, _), (_, cc)) = moments(nn.augment(3, ellipses(400), **{**STILL, "scale": 0.3}))
+    for variance, expected in ((rr, 8.0), (cc, 4.0)):
+        sizes = np.sqrt(2 * variance) / expected
+        assert 1.25 < sizes.max() < 1.32
+        assert 0.68 < sizes.min() < 0.73
+    np.testing.assert_allclose(rr / cc, 4, rtol=0.1)
+    _, ((rr, _), (_, cc)) = moments(nn.augment(3, ellipses(400), **{**STILL, "stretch": 0.3}))
+    ratios = np.sqrt(rr / cc) / 2
+    assert 1.25 < ratios.max() < 1.32
+    assert 0.68 < ratios.min() < 0.73
+    np.testing.assert_allclose(np.sqrt(rr * cc), 16, rtol=0.05)
+
+
+def test_elastic_displacements_are_smooth_and_have_the_deviation_asked_for():
+    ramp = np.broadcast_to(np.arange(40.0), (200, 1, 40, 40)) + 100  # its values tell the column
+    moved = nn.augment(3, ramp, **STILL, elastic=1.5) - ramp
+    middle = moved[:, 0, 8:-8, 8:-8]
+    assert abs(middle.std() - 1.5) < 0.15
+    assert np.abs(np.diff(middle, axis=1)).max() < 1.5
+    assert np.abs(middle.mean()) < 0.1
+
+
+def test_images_that_are_not_square_stay_in_the_middle():
+    centres, _ = moments(nn.augment(1, ellipses(50, 31, 61), shift=0))
+    np.testing.assert_allclose(centres[0], 15, atol=0.1)
+    np.testing.assert_allclose(centres[1], 30, atol=0.1)
+
+
+# ------------------------------------------------------------------------------------------------
 # Misuse: every public name
 # ------------------------------------------------------------------------------------------------
 
@@ -2195,6 +2751,50 @@ MISUSE: dict[
     "dropout": [(ValueError, "rate must be >= 0 and < 1", (bad,)) for bad in (-0.1, 1, math.nan)],
     "batch_norm": [(ValueError, "eps must be > 0", (bad,)) for bad in (0, -1, math.nan, math.inf)],
     "layer_norm": [(ValueError, "eps must be > 0", (bad,)) for bad in (0, -1, math.nan, math.inf)],
+    "conv2d": [
+        (ValueError, "conv2d: out must be at least 1", (0, 3)),
+        (TypeError, "conv2d: kernel must be a whole number", (4, 3.0)),
+        (ValueError, "conv2d: kernel must be a whole number or a pair", (4, (3, 3, 3))),
+        (ValueError, "conv2d: kernel must be at least 1", (4, (3, 0))),
+        (ValueError, "conv2d: stride must be at least 1", (4, 3, 0)),
+        (ValueError, "conv2d: padding must be at least 0", (4, 3, 1, -1)),
+        (ValueError, "conv2d: padding must be numbers or 'same', got 'valid'", (4, 3, 1, "valid")),
+        (ValueError, "conv2d: padding 'same' goes with stride 1, got 2", (4, 3, 2, "same")),
+        (ValueError, "conv2d: dilation must be at least 1", (4, 3, 1, 0, 0)),
+        (ValueError, "conv2d: groups must be at least 1", (4, 3, 1, 0, 1, 0)),
+        (ValueError, "conv2d: 3 groups do not divide the 4 channels of y", (4, 3, 1, 0, 1, 3)),
+        (TypeError, "conv2d: init must be a function", (4, 3, 1, 0, 1, 1, "he")),
+        (TypeError, "conv2d: bias must be True or False", (4, 3, 1, 0, 1, 1, nn.zeros, 1)),
+    ],
+    **{
+        name: [
+            (ValueError, f"{name}: size must be at least 1", (0,)),
+            (TypeError, f"{name}: size must be a whole number", ("2",)),
+            (ValueError, f"{name}: stride must be at least 1", (2, (1, 0))),
+            (ValueError, f"{name}: padding must be at least 0", (2, 2, -1)),
+            (ValueError, f"{name}: padding must be at most half of the window", (3, 1, (1, 2))),
+            (ValueError, f"{name}: padding must be at most half of the window", (3, 1, (2, 1))),
+        ]
+        for name in ("max_pool2d", "avg_pool2d")
+    },
+    "data_parallel": [
+        (ValueError, "shards must be at least 1", (print, 0)),
+        (TypeError, "shards must be a whole number", (print, 2.0)),
+        (TypeError, "must be functions", (None, 2)),
+        (TypeError, "must be functions", (print, 2, None)),
+    ],
+    "augment": [
+        (TypeError, "images must be a NumPy array", (0, [1.0])),
+        (TypeError, "images must be float32 or float64", (0, np.ones((1, 1, 2, 2), np.uint8))),
+        (ValueError, r"images must be \(N, C, H, W\), got shape \(2, 3\)", (0, Z)),
+        (ValueError, r"images must be \(N, C, H, W\)", (0, np.ones((1, 1, 2, 0)))),
+        (ValueError, "shift must be >= 0", (0, np.ones((1, 1, 2, 2)), -1)),
+        (ValueError, "shift", (0, np.ones((1, 1, 2, 2)), math.inf)),
+        (ValueError, "rotation must be >= 0 and <= 180", (0, np.ones((1, 1, 2, 2)), 1, 181)),
+        (ValueError, "scale must be >= 0 and < 1", (0, np.ones((1, 1, 2, 2)), 1, 1, 1)),
+        (ValueError, "stretch must be >= 0 and < 1", (0, np.ones((1, 1, 2, 2)), 1, 1, 0, 1)),
+        (ValueError, "elastic must be >= 0", (0, np.ones((1, 1, 2, 2)), 1, 1, 0, 0, -1)),
+    ],
     "update_statistics": [
         (ValueError, "momentum must be >= 0 and <= 1", ({}, {}, 1.1)),
         (ValueError, "momentum", ({}, {}, -0.1)),
@@ -2388,6 +2988,13 @@ NO_MISUSE = {
         for function in ("init", "forward", "backward")
     },
     "linear_init": "reached through linear",
+    "global_avg_pool2d": "takes no arguments",
+    **{
+        f"{name}_{function}": "reached through its constructor, in the harness"
+        for name in ("conv2d", "max_pool2d", "avg_pool2d", "global_avg_pool2d")
+        for function in ("forward", "backward")
+    },
+    **dict.fromkeys(("conv2d_init", "pool2d_init", "global_avg_pool2d_init"), "the same"),
 }
 
 
@@ -3267,15 +3874,6 @@ def refused_for_its_claim(read, path):
     return False
 
 
-def traced_peak(function):
-    tracemalloc.start()
-    try:
-        function()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
 def test_a_member_that_unpacks_to_more_than_its_list_says_takes_no_memory(tmp_path):
     honest = npy_of_header(header_of("(1000,)"), np.random.default_rng(0).bytes(8000))
     bomb = honest + bytes(30_000_000)
@@ -3289,7 +3887,7 @@ def test_a_member_that_unpacks_to_more_than_its_list_says_takes_no_memory(tmp_pa
         with contextlib.suppress(ValueError):
             nn.load(path)
 
-    assert traced_peak(read) < 2_000_000
+    assert peak_memory(read) < 2_000_000
 
 
 def test_a_claim_of_ten_gigabytes_takes_no_memory(tmp_path):
@@ -3305,7 +3903,7 @@ def test_a_claim_of_ten_gigabytes_takes_no_memory(tmp_path):
             with pytest.raises(ValueError, match="cannot be read"):
                 nn.load(file)
 
-    assert traced_peak(read) < 1_000_000
+    assert peak_memory(read) < 1_000_000
 
 
 # ------------------------------------------------------------------------------------------------
@@ -4034,7 +4632,7 @@ def test_script_learns_with_every_loss(name, blob_file, capsys):
 @pytest.mark.parametrize("name", train_mlp.OPTIMISERS)
 def test_script_learns_with_every_optimiser(name, blob_file, capsys):
     extra = ["--momentum", "0.5"] if name in ("sgd", "rmsprop") else []
-    options = ["--optimizer", name, "--weight-decay", "0.0001", "--epochs", "60", "--dropout", "0"]
+    options = ["--optimizer", name, "--weight-decay", "0.0001", "--epochs", "90", "--dropout", "0"]
     options += ["--validation", "0"]
     assert train_on(blob_file, *options, *extra) == 0
     last = LAST_LINE.fullmatch(capsys.readouterr().out.splitlines()[-1])

@@ -105,6 +105,22 @@ fraction = partial(real, 0.0, 1.0)
 fraction.__name__ = "number"  # type: ignore[attr-defined]
 
 
+AUGMENTATIONS = ("shift", "rotation", "scale", "stretch", "elastic")
+
+
+def augmentation(text: str) -> tuple[str, float]:
+    """One KIND=AMOUNT of --augment."""
+    kind, _, amount = text.partition("=")
+    if kind not in AUGMENTATIONS or not amount:
+        raise argparse.ArgumentTypeError(
+            f"expected KIND=AMOUNT with a kind of {', '.join(AUGMENTATIONS)}, got {text}"
+        )
+    try:
+        return kind, not_negative(amount)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"the amount of {kind} is no number: {amount}") from None
+
+
 def new_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the options that every training script has; a script adds its own."""
     parser = argparse.ArgumentParser(
@@ -126,6 +142,16 @@ def new_parser(description: str) -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="training images held out to choose the best epoch; 0 keeps the last epoch"
         " (default: a tenth of them, at most 5,000)",
+    )
+    data.add_argument(
+        "--augment",
+        metavar="KIND=AMOUNT",
+        nargs="*",
+        type=augmentation,
+        default=argparse.SUPPRESS,
+        help="change every training image by chance at every use: shift=PIXELS, rotation=DEGREES,"
+        " scale=SHARE, stretch=SHARE, elastic=PIXELS; those named and no other, without any"
+        " shift=2 rotation=10 scale=0.1 stretch=0.1",
     )
     training = parser.add_argument_group("training")
     training.add_argument(
@@ -266,8 +292,20 @@ def choose_optimizer(options: argparse.Namespace, steps_per_epoch: int) -> nn.Op
     return constructor(rate, **extra)
 
 
+def choose_augmentation(options: argparse.Namespace) -> Callable | None:
+    """The function (key, images) -> images of --augment, or None without it."""
+    if not hasattr(options, "augment"):
+        return None
+    if not options.augment:
+        return nn.augment
+    return partial(nn.augment, **{**dict.fromkeys(AUGMENTATIONS, 0.0), **dict(options.augment)})
+
+
 def check_options(options: argparse.Namespace) -> None:
     """ValueError for options that contradict each other, before anything is done."""
+    augment = choose_augmentation(options)
+    if augment:
+        augment(0, np.zeros((1, 1, 2, 2), np.float32))  # refuses amounts that make no sense
     if hasattr(options, "label_smoothing") and options.loss != "cross-entropy":
         raise ValueError(f"--label-smoothing goes with --loss cross-entropy, not {options.loss}")
     if hasattr(options, "momentum") and not OPTIMISERS[options.optimizer][2]:
@@ -381,10 +419,10 @@ class MovingLine:
 def evaluate(
     net: nn.Layer, params: nn.Tree, loss: Callable, images: np.ndarray, labels: np.ndarray
 ) -> tuple[float, float]:
-    """(mean loss, accuracy) at inference, computed 1,000 images at a time."""
+    """(mean loss, accuracy) at inference, computed 250 images at a time."""
     total, right = 0.0, 0.0
-    for start in range(0, len(images), 1_000):
-        part = slice(start, start + 1_000)
+    for start in range(0, len(images), 250):
+        part = slice(start, start + 250)
         logits, _ = net.forward(params, images[part])
         total += loss(logits, labels[part])[0] * len(logits)
         right += nn.accuracy(logits, labels[part]) * len(logits)
@@ -405,6 +443,7 @@ def train(
     """
     state = optimizer.init(params)
     images, labels = data["x_train"], data["y_train"]
+    augment = choose_augmentation(options)
     best, best_score, rows = params, -1.0, []
     line = MovingLine()
     step, started = 0, time.monotonic()
@@ -415,6 +454,8 @@ def train(
             if len(index) == 1 < options.batch_size:
                 continue  # what is left over at the end; batch norm cannot train on one image
             batch, target = images[index], labels[index]
+            if augment:
+                batch = augment((options.seed, 4, step), batch)
             logits, cache = net.forward(nn.training(params, (options.seed, 2, step)), batch)
             value, dlogits = loss(logits, target)
             if not math.isfinite(value):
@@ -473,7 +514,7 @@ def write_metrics(path: str, rows: list[dict[str, float]]) -> None:
 def run(
     options: argparse.Namespace,
     build: Callable[[argparse.Namespace, int], nn.Layer],
-    pictures: Callable[[str, nn.Tree, list[dict[str, float]], tuple[int, ...]], None],
+    pictures: Callable[[str, nn.Layer, nn.Tree, dict[str, np.ndarray]], None],
 ) -> None:
     """Everything from the data to the last line; `build(options, classes)` makes the network."""
     started = time.monotonic()
@@ -502,7 +543,15 @@ def run(
     if hasattr(options, "plot"):
         folder = options.plot or getattr(options, "out", "plots")
         os.makedirs(folder, exist_ok=True)
-        pictures(folder, best, rows, shape)
+        plot_curves(os.path.join(folder, "curves.png"), rows)
+        pictures(folder, net, best, data)
+        predicted = np.concatenate(
+            [
+                net.forward(best, data["x_test"][start : start + 250])[0].argmax(axis=1)
+                for start in range(0, len(data["x_test"]), 250)
+            ]
+        )
+        plot_confusion(os.path.join(folder, "confusion.png"), predicted, data["y_test"], classes)
     test_loss, test_accuracy = evaluate(net, best, loss, data["x_test"], data["y_test"])
     seconds = time.monotonic() - started
     print(f"test_accuracy={test_accuracy:.4f} test_loss={test_loss:.4f} seconds={seconds:.1f}")
@@ -554,6 +603,13 @@ def plot_curves(path: str, rows: list[dict[str, float]]) -> None:
     pyplot().close(figure)
 
 
+def as_pictures(images: np.ndarray) -> np.ndarray:
+    """images (N, C, H, W) as (N, H, W, 3), or their mean over C as (N, H, W) where C is not 3."""
+    if images.shape[1] == 3:
+        return np.moveaxis(images, 1, -1)
+    return images.mean(axis=1)
+
+
 def plot_grid(path: str, images: np.ndarray, title: str) -> None:
     """Up to 64 images (N, H, W) or (N, H, W, 3) beside each other, zero in the middle of grey."""
     images = images[:64]
@@ -571,6 +627,47 @@ def plot_grid(path: str, images: np.ndarray, title: str) -> None:
         else:
             panel.imshow(image, cmap="gray", vmin=-limit, vmax=limit)
     figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    pyplot().close(figure)
+
+
+def plot_maps(path: str, maps: Sequence[tuple[str, np.ndarray]]) -> None:
+    """One line of pictures for each (name, (C, H, W)): its first 16 channels."""
+    columns = min(16, max(len(channels) for _, channels in maps))
+    figure, panels = pyplot().subplots(
+        len(maps),
+        columns,
+        figsize=(columns * 0.8 + 1, len(maps) * 0.9),
+        layout="constrained",
+        squeeze=False,
+    )
+    for panel in panels.flat:
+        panel.set(xticks=[], yticks=[])
+        panel.set_frame_on(False)
+    for line, (name, channels) in zip(panels, maps, strict=True):
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        for panel, channel in zip(line, channels, strict=False):
+            panel.imshow(channel, cmap="gray")
+    figure.savefig(path, dpi=120)
+    pyplot().close(figure)
+
+
+def plot_confusion(path: str, predicted: np.ndarray, labels: np.ndarray, classes: int) -> None:
+    """How many images of each class (down) were taken for which (across)."""
+    counts = np.bincount(labels * classes + predicted, minlength=classes**2)
+    counts = counts.reshape(classes, classes)
+    side = max(4.0, 0.5 * classes + 1)
+    figure, panel = pyplot().subplots(figsize=(side, side), layout="constrained")
+    wrong = counts * (1 - np.eye(classes, dtype=int))
+    panel.imshow(wrong, cmap="Reds", vmax=max(int(wrong.max()), 1))  # the right ones left white
+    if classes <= 30:
+        for (label, prediction), number in np.ndenumerate(counts):
+            dark = wrong[label, prediction] > 0.6 * wrong.max() > 0
+            color = "white" if dark else "black" if number else "lightgray"
+            panel.text(prediction, label, number, ha="center", va="center", fontsize=8, color=color)
+        panel.set(xticks=range(classes), yticks=range(classes))
+    right = counts.trace() / max(counts.sum(), 1)
+    panel.set(xlabel="predicted", ylabel="class", title=f"test images, {right:.2%} right")
     figure.savefig(path, dpi=120)
     pyplot().close(figure)
 
@@ -603,14 +700,11 @@ def build_mlp(options: argparse.Namespace, classes: int) -> nn.Layer:
     return nn.sequential(flatten=nn.flatten(), **hidden_layers(options), out=out)
 
 
-def draw_mlp(
-    folder: str, params: nn.Tree, rows: list[dict[str, float]], shape: tuple[int, ...]
-) -> None:
-    """curves.png, and weights.png: what each unit of the first layer looks for."""
-    plot_curves(os.path.join(folder, "curves.png"), rows)
+def draw_mlp(folder: str, net: nn.Layer, params: nn.Tree, data: dict[str, np.ndarray]) -> None:
+    """weights.png: what each unit of the first layer looks for."""
+    shape = data["x_train"].shape[1:]
     first = params["hidden1" if "hidden1" in params else "out"]["W"]
-    units = np.moveaxis(first.T.reshape(-1, *shape), 1, -1)  # (units, H, W, C)
-    units = units if units.shape[-1] == 3 else units[..., 0]
+    units = as_pictures(first.T.reshape(-1, *shape))
     plot_grid(os.path.join(folder, "weights.png"), units, "weights of the first layer")
 
 
