@@ -1430,7 +1430,12 @@ def conv2d(
         raise TypeError(f"conv2d: bias must be True or False, got {_kind(bias)}")
     if not callable(init):
         raise TypeError(f"conv2d: init must be a function (key, shape) -> array, got {_kind(init)}")
-    options = {"stride": moves, "padding": tuple(around), "dilation": spread, "groups": groups}
+    options: dict[str, Any] = {
+        "stride": moves,
+        "padding": tuple(around),
+        "dilation": spread,
+        "groups": groups,
+    }
     return Layer(
         partial(conv2d_init, out=out, kernel=size, init=init, bias=bias, **options),
         partial(conv2d_forward, **options),
@@ -2681,7 +2686,7 @@ def _shard(part: tuple[Tree, Array, Array], *, gradients: Callable) -> tuple[flo
 
 
 def _data_parallel(
-    params: Tree, x: Array, target: Array, *, gradients: Callable, shards: int, map: Callable
+    params: Tree, x: Array, target: Array, *, gradients: Callable, shards: int, mapped: Callable
 ) -> tuple[float, Tree, Tree]:
     count = min(shards, len(x))
     ends = [len(x) * shard // count for shard in range(count + 1)]
@@ -2689,8 +2694,12 @@ def _data_parallel(
     for shard, (start, stop) in enumerate(itertools.pairwise(ends)):
         key = {"key": fold_key(params["key"], shard)} if "key" in params else {}
         parts.append(({**params, **key}, x[start:stop], target[start:stop]))
-    total, grads, statistics = 0.0, {}, {}
-    for part, results in zip(parts, map(partial(_shard, gradients=gradients), parts), strict=True):
+    total = 0.0
+    grads: Tree = {}
+    statistics: Tree = {}
+    for part, results in zip(
+        parts, mapped(partial(_shard, gradients=gradients), parts), strict=True
+    ):
         share = len(part[1]) / len(x)
         total += share * results[0]
         grads = tree_add(grads, tree_map(partial(_times, factor=share), results[1]))
@@ -2699,7 +2708,9 @@ def _data_parallel(
 
 
 def data_parallel(
-    value_and_grad: Callable, shards: int, map: Callable = map
+    value_and_grad: Callable,
+    shards: int,
+    map: Callable = map,  # noqa: A002 (it takes the built-in one's place)
 ) -> Callable[..., tuple[float, Tree, Tree]]:
     """The same function (params, x, target) -> (loss, grads, cache), computed in parts.
 
@@ -2712,7 +2723,7 @@ def data_parallel(
     if not callable(value_and_grad) or not callable(map):
         raise TypeError("data_parallel: value_and_grad and map must be functions")
     shards = _whole("data_parallel", "shards", shards, 1)
-    return partial(_data_parallel, gradients=value_and_grad, shards=shards, map=map)
+    return partial(_data_parallel, gradients=value_and_grad, shards=shards, mapped=map)
 
 
 def accuracy(logits: Array, labels: Array) -> float:

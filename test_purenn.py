@@ -39,6 +39,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import purenn as nn
+import train_cnn
 import train_mlp
 
 settings.register_profile(
@@ -4573,9 +4574,8 @@ def test_script_keeps_the_best_epoch_and_all_metrics(blob_file, tmp_path, capsys
     assert [int(row["step"]) for row in rows] == [12, 24, 36, 48, 60, 72]
     assert list(rows[0])[2:] == ["loss", "accuracy", "validation_loss", "validation_accuracy"]
 
-    parser = train_mlp.new_parser("")
-    train_mlp.add_network_options(parser, hidden=[8])
-    net = train_mlp.build_mlp(parser.parse_args([]), 4)
+    parser = train_mlp.command_line()
+    net = train_mlp.build_mlp(parser.parse_args(["--hidden", "8"]), 4)
     params, data = nn.load(out / "model.npz"), nn.read_dataset(blob_file)
     loss = train_mlp.choose_loss(parser.parse_args([]), 4)
     loss, accuracy = train_mlp.evaluate(net, params, loss, data["x_test"], data["y_test"])
@@ -4683,6 +4683,10 @@ MISTAKES = {
         "--label-smoothing goes with --loss cross-entropy, not mse",
     ),
     "momentum of adam": (["--momentum", "0.9"], "--momentum goes with sgd or rmsprop, not adam"),
+    "a scale that makes no sense": (
+        ["--augment", "scale=2"],
+        "augment: scale must be >= 0 and < 1",
+    ),
     "plateau of nothing": (
         ["--schedule", "plateau", "--validation", "0"],
         "--schedule plateau needs validation images",
@@ -4725,6 +4729,11 @@ def test_script_answers_a_mistake_with_one_line_and_exit_2(
         ["--validation", "-1"],
         ["--hidden", "0"],
         ["--activation", "step"],
+        ["--augment", "blur=1"],
+        ["--augment", "shift"],
+        ["--augment", "shift=far"],
+        ["--augment", "shift=-1"],
+        ["--augment", "shift=nan"],
     ],
 )
 def test_script_refuses_impossible_options(arguments, blob_file, capsys):
@@ -4867,10 +4876,121 @@ def test_plot_draws_curves_and_weights(hidden, blob_file, tmp_path, monkeypatch)
         (["--plot", "--validation", "0"], "plots"),
     ):
         assert train_on(blob_file, *options, "--hidden", *hidden) == 0
-        for name in ("curves.png", "weights.png"):
+        for name in ("curves.png", "weights.png", "confusion.png"):
             picture = (tmp_path / folder / name).read_bytes()
             assert picture.startswith(b"\x89PNG")
             assert len(picture) > 3_000
+
+
+# --- train_cnn.py and what it shares ---
+
+
+def train_cnn_on(blob_file, *arguments):
+    quick = ["--data", blob_file, "--epochs", "2", "--hidden", "8", "--batch-size", "16"]
+    return train_cnn.main([*quick, "--channels", "3", "4", "--kernel", "3", *arguments])
+
+
+def test_cnn_script_learns_the_built_in_digits_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, str(REPOSITORY / "train_cnn.py"), "--data", "builtin"]
+    options = ["--channels", "8", "16", "--epochs", "1", "--lr", "0.01", "--out", "out"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert "10,800 training, 1,200 validation and 2,000 test images of 1x28x28" in lines[0]
+    assert float(LAST_LINE.fullmatch(lines[-1])[1]) > 0.95
+    params = nn.load(tmp_path / "out" / "model.npz")
+    assert list(params) == ["conv1", "convnorm1", "conv2", "convnorm2", "hidden1", "norm1", "out"]
+    assert params["conv2"]["W"].shape == (16, 8, 5, 5)
+
+
+def test_cnn_script_builds_what_its_options_say(blob_file):
+    options = ["--channels", "3", "4", "--convolutions", "2", "--kernel", "3", "--pool", "3"]
+    options += ["--pooling", "average", "--no-batch-norm", "--activation", "tanh", "--hidden"]
+    net = train_cnn.build_cnn(train_cnn.command_line().parse_args(options), classes=5)
+    params, shape = net.init(0, (1, 20, 19))
+    assert shape == (5,)
+    x = np.random.default_rng(0).normal(size=(2, 1, 20, 19)).astype(np.float32)
+    shapes = {name: y.shape[1:] for name, y in train_cnn.outputs(net, params, x)}
+    assert shapes == {
+        "conv1_1": (3, 20, 19),
+        "convact1_1": (3, 20, 19),
+        "conv1_2": (3, 20, 19),
+        "convact1_2": (3, 20, 19),
+        "pool1": (3, 6, 6),
+        "conv2_1": (4, 6, 6),
+        "convact2_1": (4, 6, 6),
+        "conv2_2": (4, 6, 6),
+        "convact2_2": (4, 6, 6),
+        "pool2": (4, 2, 2),
+        "flatten": (16,),
+        "out": (5,),
+    }
+    assert set(params["conv1_1"]) == {"W", "b"}
+    outputs = dict(train_cnn.outputs(net, params, x))
+    np.testing.assert_array_equal(outputs["convact1_1"], np.tanh(outputs["conv1_1"]))
+    pooled = outputs["convact1_2"][:, :, :18, :18].reshape(2, 3, 6, 3, 6, 3).mean(axis=(3, 5))
+    np.testing.assert_allclose(outputs["pool1"], pooled, atol=1e-6)
+    assert np.array_equal(outputs["out"], net.forward(params, x)[0])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--convolutions", "2", "--no-batch-norm", "--activation", "gelu"],
+        ["--pool", "1", "--hidden"],
+        ["--pooling", "average", "--input-dropout", "0.1", "--optimizer", "sgd"],
+        ["--channels"],
+        ["--augment"],
+        ["--augment", "elastic=1", "shift=1"],
+    ],
+)
+def test_cnn_script_takes_colour_images_of_any_size(arguments, blob_file, capsys):
+    assert train_cnn_on(blob_file, *arguments) == 0
+    out = capsys.readouterr().out
+    assert "images of 3x9x6, 4 classes" in out
+    assert LAST_LINE.fullmatch(out.splitlines()[-1])
+
+
+def test_cnn_script_finds_a_network_that_does_not_fit_before_it_trains(blob_file, capsys):
+    assert train_cnn_on(blob_file, "--channels", "3", "4", "5") == 2
+    out, errors = capsys.readouterr()
+    assert out == ""
+    assert errors.endswith(
+        "pool3: max_pool2d: the window covers 2 x 2 pixels, but the padded image has 2 x 1\n"
+    )
+
+
+def test_augmentation_of_the_scripts_changes_training_and_not_the_test(blob_file, tmp_path, capsys):
+    models = []
+    for options in ([], ["--augment"], ["--augment"], ["--augment", "shift=1"]):
+        out = tmp_path / str(len(models))
+        assert train_cnn_on(blob_file, *options, "--out", str(out)) == 0
+        models.append((out / "model.npz").read_bytes())
+    assert models[1] == models[2]
+    assert len(set(models)) == 3
+    choose = train_mlp.choose_augmentation
+    assert choose(train_mlp.command_line().parse_args([])) is None
+    images = np.random.default_rng(0).random((4, 1, 8, 8))
+    for arguments, expected in (
+        (["--augment"], {}),
+        (["--augment", "rotation=9"], {**STILL, "rotation": 9}),
+        (["--augment", "elastic=2", "shift=1"], {**STILL, "shift": 1, "elastic": 2}),
+    ):
+        augment = choose(train_mlp.command_line().parse_args(arguments))
+        np.testing.assert_array_equal(augment(5, images), nn.augment(5, images, **expected))
+
+
+def test_plots_of_a_cnn(blob_file, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib, which is optional")
+    monkeypatch.chdir(tmp_path)
+    for folder, options in (("with", []), ("without", ["--channels"])):
+        assert train_cnn_on(blob_file, "--plot", folder, *options) == 0
+        names = {"curves.png", "confusion.png", "features.png"}
+        names |= {"kernels.png"} if folder == "with" else set()
+        assert {path.name for path in pathlib.Path(folder).iterdir()} == names
+        for name in names:
+            assert (tmp_path / folder / name).read_bytes().startswith(b"\x89PNG")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -4905,13 +5025,17 @@ def test_readme_shows_the_message_of_a_forgotten_slope(tmp_path, monkeypatch):
 
 
 def test_readme_commands_have_options_that_exist():
-    commands = re.findall(r"^\s*(?:\$ )?python (train_mlp\.py[^\n#|`]*)", readme(), re.MULTILINE)
-    assert len(commands) >= 5
-    for command in commands:
-        parser = train_mlp.new_parser("")
-        train_mlp.add_network_options(parser, hidden=[8])
+    commands = re.findall(
+        r"^\s*(?:\$ )?python (train_\w+\.py[^\n#|`]*)|`python (train_\w+\.py[^`]*)`",
+        readme(),
+        re.MULTILINE,
+    )
+    assert len(commands) >= 10
+    for command in (first or second for first, second in commands):
+        script, *arguments = shlex.split(command)
+        parser = {"train_mlp.py": train_mlp, "train_cnn.py": train_cnn}[script].command_line()
         with contextlib.suppress(SystemExit) if "--help" in command else contextlib.nullcontext():
-            parser.parse_args(shlex.split(command)[1:])
+            parser.parse_args(arguments)
 
 
 def test_the_library_imports_numpy_and_the_standard_library_alone():

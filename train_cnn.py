@@ -45,7 +45,7 @@ def convolutions(options: argparse.Namespace) -> dict[str, nn.Layer]:
 
 
 def build_cnn(options: argparse.Namespace, classes: int) -> nn.Layer:
-    """The convolutions, flatten, the hidden layers, and a linear layer with a unit for each class."""
+    """The convolutions, flatten, hidden layers, and one linear layer with a unit for each class."""
     out = nn.linear(classes, INITIALISERS[options.init])
     hidden = train_mlp.hidden_layers(options)
     return nn.sequential(**convolutions(options), flatten=nn.flatten(), **hidden, out=out)
@@ -66,12 +66,16 @@ def draw_cnn(folder: str, net: nn.Layer, params: nn.Tree, data: dict[str, np.nda
         train_mlp.plot_grid(os.path.join(folder, "kernels.png"), kernels, "first kernels")
     image = data["x_test"][:1]
     maps = [("image", image[0])]
-    maps += [(name, y[0]) for name, y in outputs(net, params, image) if name.startswith("convact")]
+    maps += [
+        (name.replace("convact", "convolution "), y[0])
+        for name, y in outputs(net, params, image)
+        if name.startswith("convact")
+    ]
     train_mlp.plot_maps(os.path.join(folder, "features.png"), maps)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, train, report; gives the exit code."""
+def command_line() -> argparse.ArgumentParser:
+    """The options of this script: those of train_mlp.py, and what is about convolutions."""
     parser = train_mlp.new_parser(str(__doc__).split("\n\n")[0])
     network = train_mlp.add_network_options(parser, hidden=[128])
     network.add_argument(
@@ -90,6 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--pool", metavar="N", type=count, default=2, help="side of the pooled squares; 1 for none"
     )
     network.add_argument("--pooling", choices=POOLS, default="max", help="what a pool takes")
+    parser.set_defaults(epochs=8)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, train, report; gives the exit code."""
+    parser = command_line()
     options = parser.parse_args(arguments)
     return train_mlp.guarded(parser.prog, partial(train_mlp.run, options, build_cnn, draw_cnn))
 

@@ -215,8 +215,8 @@ def new_parser(description: str) -> argparse.ArgumentParser:
         nargs="?",
         const="",
         default=argparse.SUPPRESS,
-        help="draw curves.png and weights.png (needs matplotlib) into this folder; without a"
-        " folder into that of --out, else plots",
+        help="draw curves, weights or kernels and feature maps, and the confusion matrix (needs"
+        " matplotlib) into this folder; without a folder into that of --out, else plots",
     )
     return parser
 
@@ -708,10 +708,16 @@ def draw_mlp(folder: str, net: nn.Layer, params: nn.Tree, data: dict[str, np.nda
     plot_grid(os.path.join(folder, "weights.png"), units, "weights of the first layer")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, train, report; gives the exit code."""
+def command_line() -> argparse.ArgumentParser:
+    """The options of this script."""
     parser = new_parser(str(__doc__).split("\n\n")[0])
     add_network_options(parser, hidden=[512, 512])
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, train, report; gives the exit code."""
+    parser = command_line()
     options = parser.parse_args(arguments)
     return guarded(parser.prog, partial(run, options, build_mlp, draw_mlp))
 

@@ -1,6 +1,6 @@
 """The training step and the single image of two CNNs, against PyTorch and an im2col in NumPy.
 
-    python benchmarks/cnn.py [--rounds 15] [--threads 2] [--quick] [--memory]
+    python benchmarks/cnn.py [--rounds 15] [--threads 2] [--quick]
 
 Both networks take 28x28 images; float32, SGD with momentum. Ratios are to PyTorch eager in the
 better of its two memory formats.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +37,6 @@ ENGINES = {
     "workers": "purenn, 2 workers",
     "im2col": "NumPy, im2col",
 }
-MEMORY = "peak memory of a step, "  # before the name of a case
 
 
 def batch_of(case: str) -> tuple[Any, Any]:
@@ -224,38 +225,46 @@ MAKERS: dict[str, Callable[[str], Callable[[], object]]] = {
 LEVERS = {"workers": {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}}
 
 
-def make(engine: str, case: str) -> Callable[[], object]:
-    """The function to be timed; for a case of MEMORY one that gives bytes."""
-    if not case.startswith(MEMORY):
-        return MAKERS[engine](case)
-    step = MAKERS[engine](case.removeprefix(MEMORY))
-    return lambda: growth(step)
-
-
-def growth(step: Callable[[], object]) -> float:
-    """By how many MB a few steps raise this process's peak memory above what it has now."""
+def growth(engine: str, case: str) -> Callable[[], object]:
+    """A function that says by how many MB five steps raise the peak memory of this process."""
 
     def status(name: str) -> float:
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) / 1e3 for line in file if line.startswith(name))
 
-    before = status("VmRSS")
-    for _ in range(5):
-        step()
-    return status("VmHWM") - before
+    def measure() -> float:
+        if engine in ("torch", "last"):
+            import torch
+
+            torch.zeros(1)  # its own start is not counted, nor is NumPy's
+        else:
+            import numpy as np
+
+            np.ones((64, 64)) @ np.ones((64, 64))
+        before = status("VmRSS")
+        step = MAKERS[engine](case)
+        for _ in range(5):
+            step()
+        return status("VmHWM") - before
+
+    return measure
 
 
 def main() -> None:
     """Let the engines take turns and print the tables."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("--worker", choices=MAKERS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=15, help="turns of each engine (default 15)")
     parser.add_argument("--threads", type=int, default=2, help="of BLAS and PyTorch (default 2)")
     parser.add_argument("--quick", action="store_true", help="3 short turns, for a first look")
-    parser.add_argument("--only", help="engines to run, separated by commas")
+    parser.add_argument("--engines", help=f"some of {','.join(ENGINES)}; default all")
     options = parser.parse_args()
-    if options.worker:
-        serve(lambda case: make(options.worker, case))
+    engine, _, memory_of = (options.worker or "").partition(":")
+    if memory_of:
+        print(growth(engine, memory_of)())
+        return
+    if engine:
+        serve(MAKERS[engine])
         return
     rounds = 3 if options.quick else options.rounds
     repeats = {
@@ -263,7 +272,7 @@ def main() -> None:
     }
     neighbours = Neighbours()
     threads = {f"{pool}_NUM_THREADS": str(options.threads) for pool in ("OMP", "MKL", "OPENBLAS")}
-    chosen = options.only.split(",") if options.only else list(ENGINES)
+    chosen = options.engines.split(",") if options.engines else list(ENGINES)
     torches = {"torch", "last"}
     with_torch = bool(torches & set(chosen)) and has_torch()
     engines = [engine for engine in ENGINES if engine in chosen]
@@ -286,6 +295,19 @@ def main() -> None:
     print(f"{header()}, {options.threads} threads, medians of {rounds} turns\n")
     print(table(["milliseconds (ratio)", *(ENGINES[engine] for engine in engines)], rows))
     print(f"\n{neighbours.report()}")
+    if not os.path.exists("/proc/self/status"):
+        return
+    rows = []
+    for case, label in LABELS.items():
+        cells = [label]
+        for engine in engines:
+            command = [sys.executable, __file__, "--worker", f"{engine}:{case}"]
+            environment = {**os.environ, **threads, **LEVERS.get(engine, {})}
+            result = subprocess.run(command, env=environment, capture_output=True, check=True)
+            cells.append(f"{float(result.stdout):.0f}")
+        rows.append(cells)
+    print()
+    print(table(["MB at the peak", *(ENGINES[engine] for engine in engines)], rows))
 
 
 if __name__ == "__main__":
