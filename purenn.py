@@ -1408,7 +1408,9 @@ def conv2d(
 
     `kernel`, `stride`, `padding` and `dilation` are numbers or pairs (height, width); padding
     "same" keeps the size (stride 1 only; an odd pixel goes to the right and the bottom). With
-    `groups` equal to the channels of x it is depthwise.
+    `groups` equal to the channels of x it is depthwise. ValueError for a kernel that does not fit
+    into the padded image, channels that W does not take and groups that do not divide; `init`
+    finds these from the shape alone.
     """
     out = _whole("conv2d", "out", out, 1)
     groups = _whole("conv2d", "groups", groups, 1)
@@ -1481,20 +1483,22 @@ def _at(axis: int, pixels: slice) -> tuple[slice, ...]:
     return (pixels,) if axis == 0 else (slice(None), slice(None), pixels)
 
 
-def _largest(rows: Array, size: Pair, windows: _Windows, axis: int) -> Array:
-    """The maximum of each window, along one axis."""
+def _pooled(
+    combine: np.ufunc, outside: float, rows: Array, size: Pair, windows: _Windows, axis: int
+) -> Array:
+    """What each window covers along one axis, combined; padding counts as `outside`."""
     shape = list(rows.shape)
     shape[2 * axis] = windows.counts[axis]
     y = np.empty(shape, rows.dtype)
     for place in range(size[axis]):
         covering, pixels = _under(place, rows.shape[2 * axis], windows, axis)
-        part, candidates = y[_at(axis, covering)], rows[_at(axis, pixels)]
+        part, covered = y[_at(axis, covering)], rows[_at(axis, pixels)]
         if place:
-            np.maximum(part, candidates, out=part)
+            combine(part, covered, out=part)
         else:
             if windows.before[axis]:
-                y[...] = -np.inf
-            part[...] = candidates
+                y[...] = outside
+            part[...] = covered
     return y
 
 
@@ -1529,8 +1533,8 @@ def max_pool2d_forward(
     """
     _check_images("max_pool2d", params, x)
     windows = _pool_windows("max_pool2d", x.shape[2:], size, stride, padding)
-    across = _largest(_rows_first(x), size, windows, 1)
-    y = _batch_first(_largest(across, size, windows, 0))
+    across = _pooled(np.maximum, -np.inf, _rows_first(x), size, windows, 1)
+    y = _batch_first(_pooled(np.maximum, -np.inf, across, size, windows, 0))
     return y, {"x": x, "across": _batch_first(across), "y": y}
 
 
@@ -1559,6 +1563,7 @@ def max_pool2d(
     """The maximum of each window, as PyTorch's MaxPool2d. Without `stride` they lie side by side.
 
     `size`, `stride` and `padding` (at most half the window) are numbers or pairs (height, width).
+    ValueError for a window that does not fit into the padded image.
     """
     return _pool2d("max_pool2d", max_pool2d_forward, max_pool2d_backward, size, stride, padding)
 
@@ -1572,14 +1577,8 @@ def avg_pool2d_forward(
     """
     _check_images("avg_pool2d", params, x)
     windows = _pool_windows("avg_pool2d", x.shape[2:], size, stride, padding)
-    y = _rows_first(x)
-    for axis in (1, 0):
-        rows, shape = y, list(y.shape)
-        shape[2 * axis] = windows.counts[axis]
-        y = np.zeros(shape, rows.dtype)
-        for place in range(size[axis]):
-            covering, pixels = _under(place, rows.shape[2 * axis], windows, axis)
-            y[_at(axis, covering)] += rows[_at(axis, pixels)]
+    across = _pooled(np.add, 0.0, _rows_first(x), size, windows, 1)
+    y = _pooled(np.add, 0.0, across, size, windows, 0)
     y *= 1 / math.prod(size)
     return _batch_first(y), x
 
@@ -1609,6 +1608,7 @@ def avg_pool2d(
     """The mean of each window, as PyTorch's AvgPool2d. Without `stride` they lie side by side.
 
     `size`, `stride` and `padding` (at most half the window) are numbers or pairs (height, width).
+    ValueError for a window that does not fit into the padded image.
     """
     return _pool2d("avg_pool2d", avg_pool2d_forward, avg_pool2d_backward, size, stride, padding)
 
