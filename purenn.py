@@ -1257,35 +1257,21 @@ def _kernel_gradient(buffer: Array, dy: Array, places: int, windows: _Windows) -
     return dW
 
 
-def _phases(
-    length: int, places: int, windows: _Windows
-) -> Iterator[tuple[slice, list[int], _Windows]]:
-    """The rows that lie a stride apart, the kernel rows that meet them, and these as windows.
+def _columns_gradient(dy: Array, kernel_rows: Array, H: int, windows: _Windows) -> Array:
+    """The gradient of the unfolded image, (groups, H, C/groups·kw, pixels).
 
-    So the gradient of such rows is a correlation, too: of dy with the kernel rows in reverse.
+    At stride 1 it is dy (groups, Ho, out, pixels) correlated with the kernel rows in reverse; else
+    each kernel row adds its part to the rows under it.
     """
-    stride, before, dilation = windows.stride[0], windows.before[0], windows.dilation[0]
-    for first in range(min(stride, length)):
-        start = first + before
-        met = [i for i in reversed(range(places)) if (start - i * dilation) % stride == 0]
-        if met:
-            apart = (met[0] - met[1]) * dilation // stride if len(met) > 1 else 1
-            lead = (met[0] * dilation - start) // stride
-            rows = slice(first, None, stride)
-            count = len(range(length)[rows])
-            yield rows, met, _Windows((count, 1), (1, 1), (lead, 0), (apart, 1))
-
-
-def _columns_gradient(dy: Array, kernel_rows: Array, height: int, windows: _Windows) -> Array:
-    """The gradient of the unfolded image, (groups, H, C/groups·kw, pixels)."""
     groups, places, _, channels = kernel_rows.shape
     turned = kernel_rows.swapaxes(2, 3)
-    phases = list(_phases(height, places, windows))
-    if windows.stride[0] == 1:
-        return _correlate(dy, turned[:, phases[0][1]], phases[0][2])
-    gradient = np.zeros((groups, height, channels, dy.shape[3]), dy.dtype)
-    for rows, met, moving in phases:
-        gradient[:, rows] = _correlate(dy, turned[:, met], moving)
+    if windows.stride[0] == windows.dilation[0] == 1:
+        before = places - 1 - windows.before[0]
+        return _correlate(dy, turned[:, ::-1], _Windows((H, 1), (1, 1), (before, 0)))
+    gradient = np.zeros((groups, H, channels, dy.shape[3]), dy.dtype)
+    for i in range(places):
+        covering, rows = _under(i, H, windows, 0)
+        gradient[:, rows] += np.matmul(turned[:, i, None], dy[:, covering])
     return gradient
 
 
