@@ -2678,6 +2678,15 @@ def test_scales_and_stretches_change_size_and_ratio():
     np.testing.assert_allclose(np.sqrt(rr * cc), 16, rtol=0.05)
 
 
+def test_what_an_image_undergoes_is_drawn_independently():
+    amounts = {"shift": 3, "rotation": 20, "scale": 0.2, "stretch": 0.2}
+    (rows, columns), ((rr, rc), (_, cc)) = moments(nn.augment(3, ellipses(600), **amounts))
+    angle, root = np.arctan2(2 * rc, rr - cc), np.sqrt((rr - cc) ** 2 + 4 * rc**2)
+    size, ratio = rr * cc - rc**2, (rr + cc + root) / (rr + cc - root)
+    together = np.corrcoef([rows, columns, angle, np.log(size), np.log(ratio)])
+    assert np.abs(together - np.eye(5)).max() < 0.15
+
+
 def test_elastic_displacements_are_smooth_and_have_the_deviation_asked_for():
     ramp = np.broadcast_to(np.arange(40.0), (200, 1, 40, 40)) + 100  # its values tell the column
     moved = nn.augment(3, ramp, **STILL, elastic=1.5) - ramp

@@ -124,7 +124,11 @@ def augmentation(text: str) -> tuple[str, float]:
 def new_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the options that every training script has; a script adds its own."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="Speed: freed memory is kept for the next step (glibc alone would hand it back). Of"
+        " the environment, OPENBLAS_NUM_THREADS says how many cores to use, 1 where two trainings"
+        " share the machine, and OPENBLAS_CORETYPE chooses the kernels: unset, OpenBLAS knows best.",
     )
     data = parser.add_argument_group("data")
     data.add_argument(
