@@ -2455,7 +2455,7 @@ def reduce_on_plateau(
     factor = _factor(where, "factor", factor)
     patience = _whole(where, "patience", patience, 0)
     threshold = _number(where, "threshold", threshold, minimum=0, below=1)
-    if isinstance(loss, bool) or not isinstance(loss, (int, float, np.number)):
+    if isinstance(loss, bool) or not isinstance(loss, (int, float, np.integer, np.floating)):
         raise TypeError(f"{where}: loss must be a number, got {_kind(loss)}")
     best, count = float(state.get("plateau_best", math.inf)), int(state.get("plateau_count", 0))
     scale = float(state["scale"])

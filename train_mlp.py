@@ -128,7 +128,7 @@ def new_parser(description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="Speed: freed memory is kept for the next step (glibc alone would hand it back). Of"
         " the environment, OPENBLAS_NUM_THREADS says how many cores to use, 1 where two trainings"
-        " share the machine, and OPENBLAS_CORETYPE chooses the kernels: unset, OpenBLAS knows best.",
+        " share the machine, and OPENBLAS_CORETYPE which kernels: best left to OpenBLAS.",
     )
     data = parser.add_argument_group("data")
     data.add_argument(
