@@ -1382,6 +1382,9 @@ def test_pinned_numbers():
     images, labels = nn.draw_digits(3, 20, 12)
     assert labels.tolist() == [8, 2, 4, 6, 7, 1, 6, 7, 7, 9, 2, 3, 6, 7, 7, 7, 2, 3, 1, 6]
     assert int(images.sum()) == pytest.approx(103_836, abs=40)  # sines may differ in the last bit
+    line = nn.augment(7, np.arange(49.0).reshape(1, 1, 7, 7), elastic=1.0)[0, 0, 3]
+    expected = [16.6624, 23.0149, 29.991, 34.4583, 10.4047, 0.0299, 0.0262]
+    np.testing.assert_allclose(line, expected, atol=2e-4)
 
 
 def test_running_statistics_move_by_the_momentum_alone():
