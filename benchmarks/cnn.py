@@ -1,6 +1,6 @@
 """The training step and the single image of two CNNs, against PyTorch and an im2col in NumPy.
 
-    python benchmarks/cnn.py [--rounds 15] [--threads 2] [--quick]
+    python benchmarks/cnn.py [--rounds 15] [--threads 2] [--levers] [--quick]
 
 Both networks take 28x28 images; float32, SGD with momentum. Ratios are to PyTorch eager in the
 better of its two memory formats.
@@ -37,6 +37,20 @@ ENGINES = {
     "workers": "purenn, 2 workers",
     "im2col": "NumPy, im2col",
 }
+LEVERS = {  # the same step with other settings, for --levers
+    "purenn": "as it is",
+    "workers": "2 workers",
+    "single": "1 BLAS thread",
+    "returned": "freed memory handed back",
+    "haswell": "OPENBLAS_CORETYPE=Haswell",
+    "skylakex": "OPENBLAS_CORETYPE=SkylakeX",
+}
+SETTINGS = {
+    "workers": {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+    "single": {"OPENBLAS_NUM_THREADS": "1"},
+    "haswell": {"OPENBLAS_CORETYPE": "Haswell"},
+    "skylakex": {"OPENBLAS_CORETYPE": "SkylakeX"},
+}
 
 
 def batch_of(case: str) -> tuple[Any, Any]:
@@ -66,10 +80,15 @@ def network(nn: Any, case: str, conv2d: Callable, max_pool2d: Callable) -> Any:
     return nn.sequential(*layers, nn.linear(10))
 
 
-def purenn_case(case: str, workers: int = 1, im2col: bool = False) -> Callable[[], object]:
+def purenn_case(
+    case: str, workers: int = 1, im2col: bool = False, keep_memory: bool = True
+) -> Callable[[], object]:
     """A step with value_and_grad; with workers, each computes its part of the batch."""
     sys.path.insert(0, str(REPOSITORY))
     import purenn as nn
+
+    if not keep_memory:
+        nn._keep_freed_memory = lambda: None
 
     x, labels = batch_of(case)
     convolutions = peer_layers(nn) if im2col else (nn.conv2d, nn.max_pool2d)
@@ -221,8 +240,9 @@ MAKERS: dict[str, Callable[[str], Callable[[], object]]] = {
     "purenn": purenn_case,
     "workers": lambda case: purenn_case(case, workers=2),
     "im2col": lambda case: purenn_case(case, im2col=True),
+    "returned": lambda case: purenn_case(case, keep_memory=False),
+    **dict.fromkeys(("single", "haswell", "skylakex"), purenn_case),
 }
-LEVERS = {"workers": {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}}
 
 
 def growth(engine: str, case: str) -> Callable[[], object]:
@@ -258,6 +278,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of BLAS and PyTorch (default 2)")
     parser.add_argument("--quick", action="store_true", help="3 short turns, for a first look")
     parser.add_argument("--engines", help=f"some of {','.join(ENGINES)}; default all")
+    parser.add_argument("--levers", action="store_true", help="purenn alone, with other settings")
     options = parser.parse_args()
     engine, _, memory_of = (options.worker or "").partition(":")
     if memory_of:
@@ -272,13 +293,14 @@ def main() -> None:
     }
     neighbours = Neighbours()
     threads = {f"{pool}_NUM_THREADS": str(options.threads) for pool in ("OMP", "MKL", "OPENBLAS")}
-    chosen = options.engines.split(",") if options.engines else list(ENGINES)
+    names = LEVERS if options.levers else ENGINES
+    chosen = options.engines.split(",") if options.engines else list(names)
     torches = {"torch", "last"}
     with_torch = bool(torches & set(chosen)) and has_torch()
-    engines = [engine for engine in ENGINES if engine in chosen]
+    engines = [engine for engine in names if engine in chosen]
     engines = [engine for engine in engines if with_torch or engine not in torches]
     workers = {
-        engine: Worker(__file__, engine, {**threads, **LEVERS.get(engine, {})})
+        engine: Worker(__file__, engine, {**threads, **SETTINGS.get(engine, {})})
         for engine in engines
     }
     times = take_turns(workers, repeats, rounds)
@@ -286,14 +308,15 @@ def main() -> None:
         worker.close()
     rows = []
     for case, label in LABELS.items():
-        best = min((times[engine, case] for engine in engines if engine in torches), default=0)
+        others = torches if with_torch else {engines[0]}
+        best = min(times[engine, case] for engine in engines if engine in others)
         cells = [label]
         for engine in engines:
-            ratio = f" ({times[engine, case] / best:.2f})" if best and engine not in torches else ""
+            ratio = "" if engine in others else f" ({times[engine, case] / best:.2f})"
             cells.append(f"{times[engine, case] * 1e3:.2f}{ratio}")
         rows.append(cells)
     print(f"{header()}, {options.threads} threads, medians of {rounds} turns\n")
-    print(table(["milliseconds (ratio)", *(ENGINES[engine] for engine in engines)], rows))
+    print(table(["milliseconds (ratio)", *(names[engine] for engine in engines)], rows))
     print(f"\n{neighbours.report()}")
     if not os.path.exists("/proc/self/status"):
         return
@@ -302,12 +325,12 @@ def main() -> None:
         cells = [label]
         for engine in engines:
             command = [sys.executable, __file__, "--worker", f"{engine}:{case}"]
-            environment = {**os.environ, **threads, **LEVERS.get(engine, {})}
+            environment = {**os.environ, **threads, **SETTINGS.get(engine, {})}
             result = subprocess.run(command, env=environment, capture_output=True, check=True)
             cells.append(f"{float(result.stdout):.0f}")
         rows.append(cells)
     print()
-    print(table(["MB at the peak", *(ENGINES[engine] for engine in engines)], rows))
+    print(table(["MB at the peak", *(names[engine] for engine in engines)], rows))
 
 
 if __name__ == "__main__":
