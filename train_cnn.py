@@ -83,7 +83,7 @@ def command_line() -> argparse.ArgumentParser:
         metavar="N",
         type=count,
         nargs="*",
-        default=[32, 64],
+        default=[24, 48],
         help="channels a stage: convolution, batch norm, activation, and a pool at its end",
     )
     network.add_argument(
@@ -94,7 +94,7 @@ def command_line() -> argparse.ArgumentParser:
         "--pool", metavar="N", type=count, default=2, help="side of the pooled squares; 1 for none"
     )
     network.add_argument("--pooling", choices=POOLS, default="max", help="what a pool takes")
-    parser.set_defaults(epochs=8)
+    parser.set_defaults(epochs=10)
     return parser
 
 
