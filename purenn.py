@@ -2674,7 +2674,11 @@ def _shard(part: tuple[Tree, Array, Array], *, gradients: Callable) -> tuple[flo
 def _data_parallel(
     params: Tree, x: Array, target: Array, *, gradients: Callable, shards: int, mapped: Callable
 ) -> tuple[float, Tree, Tree]:
-    count = min(shards, len(x))
+    if not isinstance(params, dict):
+        raise TypeError(f"data_parallel: params must be a dict, got {_kind(params)}")
+    if len(x) != len(target):
+        raise ValueError(f"data_parallel: x has {len(x)} samples, but target {len(target)}")
+    count = max(1, min(shards, len(x)))
     ends = [len(x) * shard // count for shard in range(count + 1)]
     parts = []
     for shard, (start, stop) in enumerate(itertools.pairwise(ends)):
@@ -2704,7 +2708,7 @@ def data_parallel(
     other, `ThreadPoolExecutor(2).map` at once; the result depends on `shards` alone. Loss, grads
     and what the cache lists under "statistics" are means over the parts, weighted by their sizes
     and added in their order; nothing else of the cache remains. Each part has a key of its own,
-    and batch norm normalises each part by itself.
+    and batch norm normalises each part by itself. ValueError where x and target differ in length.
     """
     if not callable(value_and_grad) or not callable(map):
         raise TypeError("data_parallel: value_and_grad and map must be functions")

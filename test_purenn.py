@@ -2468,6 +2468,17 @@ def test_data_parallel_depends_on_its_shards_alone(shards):
                 np.testing.assert_allclose(leaf, flat[path], rtol=1e-6, atol=1e-9)
 
 
+def test_data_parallel_refuses_what_its_function_would_refuse():
+    net, params, x, labels = parallel_case(4)
+    in_parts = nn.data_parallel(nn.value_and_grad(net, nn.softmax_cross_entropy), 2)
+    with pytest.raises(ValueError, match="data_parallel: x has 4 samples, but target 3"):
+        in_parts(params, x, labels[:3])
+    with pytest.raises(TypeError, match="data_parallel: params must be a dict, got NoneType"):
+        in_parts(None, x, labels)
+    with pytest.raises(ValueError, match="logits must not be empty"):
+        in_parts(params, x[:0], labels[:0])
+
+
 def test_a_network_learns():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 2))

@@ -94,7 +94,7 @@ def command_line() -> argparse.ArgumentParser:
         "--pool", metavar="N", type=count, default=2, help="side of the pooled squares; 1 for none"
     )
     network.add_argument("--pooling", choices=POOLS, default="max", help="what a pool takes")
-    parser.set_defaults(epochs=10)
+    parser.set_defaults(epochs=9)
     return parser
 
 
