@@ -420,17 +420,18 @@ class MovingLine:
         self.length = 0
 
 
+def predict(net: nn.Layer, params: nn.Tree, images: np.ndarray) -> np.ndarray:
+    """The logits at inference, computed 250 images at a time."""
+    parts = [images[start : start + 250] for start in range(0, len(images), 250)]
+    return np.concatenate([net.forward(params, part)[0] for part in parts])
+
+
 def evaluate(
     net: nn.Layer, params: nn.Tree, loss: Callable, images: np.ndarray, labels: np.ndarray
 ) -> tuple[float, float]:
-    """(mean loss, accuracy) at inference, computed 250 images at a time."""
-    total, right = 0.0, 0.0
-    for start in range(0, len(images), 250):
-        part = slice(start, start + 250)
-        logits, _ = net.forward(params, images[part])
-        total += loss(logits, labels[part])[0] * len(logits)
-        right += nn.accuracy(logits, labels[part]) * len(logits)
-    return total / len(images), right / len(images)
+    """(mean loss, accuracy) at inference."""
+    logits = predict(net, params, images)
+    return loss(logits, labels)[0], nn.accuracy(logits, labels)
 
 
 def train(
@@ -544,19 +545,15 @@ def run(
     best, rows = train(net, params, choose_optimizer(options, steps), loss, data, options)
     if hasattr(options, "out"):
         write_metrics(os.path.join(options.out, "metrics.csv"), rows)
+    logits, labels = predict(net, best, data["x_test"]), data["y_test"]
     if hasattr(options, "plot"):
         folder = options.plot or getattr(options, "out", "plots")
         os.makedirs(folder, exist_ok=True)
         plot_curves(os.path.join(folder, "curves.png"), rows)
         pictures(folder, net, best, data)
-        predicted = np.concatenate(
-            [
-                net.forward(best, data["x_test"][start : start + 250])[0].argmax(axis=1)
-                for start in range(0, len(data["x_test"]), 250)
-            ]
-        )
-        plot_confusion(os.path.join(folder, "confusion.png"), predicted, data["y_test"], classes)
-    test_loss, test_accuracy = evaluate(net, best, loss, data["x_test"], data["y_test"])
+        predicted = logits.argmax(axis=1)
+        plot_confusion(os.path.join(folder, "confusion.png"), predicted, labels, classes)
+    test_loss, test_accuracy = loss(logits, labels)[0], nn.accuracy(logits, labels)
     seconds = time.monotonic() - started
     print(f"test_accuracy={test_accuracy:.4f} test_loss={test_loss:.4f} seconds={seconds:.1f}")
 
