@@ -493,7 +493,34 @@ class Layer(NamedTuple):
 
 # --- dense ---
 
-_LINEAR = frozenset({"W", "b", "key"})
+_WEIGHTED = frozenset({"W", "b", "key"})  # the entries of linear and conv2d
+
+
+def _check_first(where: str, init: Any, bias: Any) -> None:
+    """What linear and conv2d ask of these options."""
+    if not isinstance(bias, bool):
+        raise TypeError(f"{where}: bias must be True or False, got {_kind(bias)}")
+    if not callable(init):
+        raise TypeError(
+            f"{where}: init must be a function (key, shape) -> array, got {_kind(init)}"
+        )
+
+
+def _first_params(
+    where: str, key: Key, init: Initializer, shape: Shape, biases: int
+) -> dict[str, Array]:
+    """W of `shape` from `init`, and b of so many zeros unless there are none."""
+    W = init(fold_key(key, 0), shape)
+    if np.shape(W) != shape:
+        raise ValueError(f"{where}: init gave shape {np.shape(W)}, expected {shape}")
+    return {"W": W, "b": np.zeros(biases, np.float32)} if biases else {"W": W}
+
+
+def _bias(where: str, params: Tree, out: int, dtype: np.dtype) -> Array:
+    b = _entry(where, params, "b", dtype)
+    if b.shape != (out,):
+        raise ValueError(f"{where}: b must have shape {(out,)}, got {b.shape}")
+    return b
 
 
 def linear_init(
@@ -503,12 +530,7 @@ def linear_init(
     shape = _check_shape("linear", shape)
     if not shape:
         raise ValueError("linear: shape () has no axis of features; put flatten() before it")
-    W = init(fold_key(key, 0), (shape[-1], out))
-    if np.shape(W) != (shape[-1], out):
-        raise ValueError(f"linear: init gave shape {np.shape(W)}, expected {(shape[-1], out)}")
-    params = {"W": W}
-    if bias:
-        params["b"] = np.zeros(out, np.float32)
+    params = _first_params("linear", key, init, (shape[-1], out), out if bias else 0)
     return params, (*shape[:-1], out)
 
 
@@ -521,7 +543,7 @@ def _linear_weight(params: Tree, x: Array) -> Array:
 
 def linear_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = x W + b, for x (N, ..., in) and y (N, ..., out)."""
-    _check_input("linear", params, x, _LINEAR)
+    _check_input("linear", params, x, _WEIGHTED)
     W = _linear_weight(params, x)
     if x.ndim < 2:
         raise ValueError(f"linear: x must be (N, ..., in), got shape {x.shape}")
@@ -529,10 +551,7 @@ def linear_forward(params: Tree, x: Array) -> tuple[Array, Array]:
         raise ValueError(f"linear: x has {x.shape[-1]} features, but W takes {W.shape[0]}")
     y = x @ W
     if "b" in params:
-        b = _entry("linear", params, "b", x.dtype)
-        if b.shape != W.shape[1:]:
-            raise ValueError(f"linear: b must have shape {W.shape[1:]}, got {b.shape}")
-        y += b
+        y += _bias("linear", params, W.shape[1], x.dtype)
     return y, x
 
 
@@ -554,10 +573,7 @@ def linear_backward(
 def linear(out: int, init: Initializer = he_normal, bias: bool = True) -> Layer:
     """Fully connected layer with `out` units: y = x W + b. Any number of leading axes."""
     out = _whole("linear", "out", out, 1)
-    if not isinstance(bias, bool):
-        raise TypeError(f"linear: bias must be True or False, got {_kind(bias)}")
-    if not callable(init):
-        raise TypeError(f"linear: init must be a function (key, shape) -> array, got {_kind(init)}")
+    _check_first("linear", init, bias)
     return Layer(
         partial(linear_init, out=out, init=init, bias=bias), linear_forward, linear_backward
     )
@@ -1275,9 +1291,6 @@ def _columns_gradient(dy: Array, kernel_rows: Array, H: int, windows: _Windows) 
     return gradient
 
 
-_CONV2D = frozenset({"W", "b", "key"})
-
-
 def conv2d_init(
     key: Key,
     shape: Shape,
@@ -1299,13 +1312,8 @@ def conv2d_init(
     if shape[0] % groups:
         raise ValueError(f"conv2d: {groups} groups do not divide the {shape[0]} channels of x")
     windows = _windows("conv2d", shape[1:], kernel, stride, padding, dilation)
-    expected = (out, shape[0] // groups, *kernel)
-    W = init(fold_key(key, 0), expected)
-    if np.shape(W) != expected:
-        raise ValueError(f"conv2d: init gave shape {np.shape(W)}, expected {expected}")
-    params = {"W": W}
-    if bias:
-        params["b"] = np.zeros(out, np.float32)
+    sizes = (out, shape[0] // groups, *kernel)
+    params = _first_params("conv2d", key, init, sizes, out if bias else 0)
     return params, (out, *windows.counts)
 
 
@@ -1326,7 +1334,7 @@ def conv2d_forward(
     x (N, C, H, W) with zeros around it, y (N, out, Ho, Wo). With groups, the channels of x and of
     y fall into so many equal parts, and each part of y sees only its part of x.
     """
-    _check_images("conv2d", params, x, _CONV2D)
+    _check_images("conv2d", params, x, _WEIGHTED)
     W = _conv2d_kernel(params, x, groups)
     windows = _windows("conv2d", x.shape[2:], W.shape[2:], stride, padding, dilation)
     N, (Ho, Wo) = len(x), windows.counts
@@ -1335,10 +1343,7 @@ def conv2d_forward(
     y = _correlate(buffer, _kernel_rows(W, groups), windows)
     y = y.swapaxes(0, 1).reshape(Ho, len(W), Wo, N)
     if "b" in params:
-        b = _entry("conv2d", params, "b", x.dtype)
-        if b.shape != W.shape[:1]:
-            raise ValueError(f"conv2d: b must have shape {W.shape[:1]}, got {b.shape}")
-        y += b[:, None, None]
+        y += _bias("conv2d", params, len(W), x.dtype)[:, None, None]
     return _batch_first(y), x
 
 
@@ -1414,10 +1419,7 @@ def conv2d(
         raise ValueError(f"conv2d: padding must be numbers or 'same', got {padding!r}")
     else:
         around = [(pixels, pixels) for pixels in _pair("conv2d", "padding", padding, 0)]
-    if not isinstance(bias, bool):
-        raise TypeError(f"conv2d: bias must be True or False, got {_kind(bias)}")
-    if not callable(init):
-        raise TypeError(f"conv2d: init must be a function (key, shape) -> array, got {_kind(init)}")
+    _check_first("conv2d", init, bias)
     options: dict[str, Any] = {
         "stride": moves,
         "padding": tuple(around),
