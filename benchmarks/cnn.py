@@ -9,14 +9,25 @@ better of its two memory formats.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from common import REPOSITORY, Neighbours, Worker, has_torch, header, serve, table, take_turns
+from common import (
+    REPOSITORY,
+    Neighbours,
+    Worker,
+    has_torch,
+    header,
+    purenn_step,
+    serve,
+    table,
+    take_turns,
+    torch_forward,
+    torch_step,
+)
 
 STEPS = {  # case: repeats a turn
     "5x5 64": 20,
@@ -93,25 +104,16 @@ def purenn_case(
     x, labels = batch_of(case)
     convolutions = peer_layers(nn) if im2col else (nn.conv2d, nn.max_pool2d)
     net = network(nn, case, *convolutions)
-    params, _ = net.init(0, (1, 28, 28))
     if case.endswith("one"):
+        params, _ = net.init(0, (1, 28, 28))
         return lambda: net.forward(params, x)
     optimizer = nn.sgd(0.01, momentum=0.9)
-    now = {"params": params, "state": optimizer.init(params)}
     gradients = nn.value_and_grad(net, nn.softmax_cross_entropy)
-    steps = itertools.count()
     if workers > 1:
         from concurrent.futures import ThreadPoolExecutor
 
         gradients = nn.data_parallel(gradients, workers, ThreadPoolExecutor(workers).map)
-
-    def step() -> None:
-        params = now["params"]
-        _, grads, cache = gradients(nn.training(params, (0, next(steps))), x, labels)
-        params, now["state"] = optimizer.step(params, grads, now["state"])
-        now["params"] = nn.update_statistics(params, cache)
-
-    return step
+    return purenn_step(nn, net, (1, 28, 28), gradients, optimizer, (x, labels))
 
 
 def torch_case(case: str, channels_last: bool = False) -> Callable[[], object]:
@@ -138,24 +140,10 @@ def torch_case(case: str, channels_last: bool = False) -> Callable[[], object]:
         layers += [torch.nn.Flatten(), torch.nn.Linear(64 * 7 * 7, 10)]
     net = torch.nn.Sequential(*layers).to(memory_format=order)
     if case.endswith("one"):
-        net.eval()
-
-        def forward() -> object:
-            with torch.inference_mode():
-                return net(x)
-
-        return forward
+        return torch_forward(net, x)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
-    loss_function = torch.nn.CrossEntropyLoss()
 
-    def step() -> None:
-        optimizer.zero_grad()
-        loss = loss_function(net(x), target)
-        loss.backward()
-        optimizer.step()
-        loss.item()
-
-    return step
+    return torch_step(net, optimizer, x, target)
 
 
 # The well-known formulation: every window becomes a row of a matrix, kh·kw copies of the image.
@@ -245,29 +233,27 @@ MAKERS: dict[str, Callable[[str], Callable[[], object]]] = {
 }
 
 
-def growth(engine: str, case: str) -> Callable[[], object]:
-    """A function that says by how many MB five steps raise the peak memory of this process."""
+def resident(name: str) -> float:
+    """VmRSS or VmHWM of this process in MB."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1e3 for line in file if line.startswith(name))
 
-    def status(name: str) -> float:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) / 1e3 for line in file if line.startswith(name))
 
-    def measure() -> float:
-        if engine in ("torch", "last"):
-            import torch
+def growth(engine: str, case: str) -> float:
+    """By how many MB five steps raise the peak memory of this process."""
+    if engine in ("torch", "last"):
+        import torch
 
-            torch.zeros(1)  # its own start is not counted, nor is NumPy's
-        else:
-            import numpy as np
+        torch.zeros(1)  # its own start is not counted, nor is NumPy's
+    else:
+        import numpy as np
 
-            np.ones((64, 64)) @ np.ones((64, 64))
-        before = status("VmRSS")
-        step = MAKERS[engine](case)
-        for _ in range(5):
-            step()
-        return status("VmHWM") - before
-
-    return measure
+        np.ones((64, 64)) @ np.ones((64, 64))
+    before = resident("VmRSS")
+    step = MAKERS[engine](case)
+    for _ in range(5):
+        step()
+    return resident("VmHWM") - before
 
 
 def main() -> None:
@@ -282,7 +268,7 @@ def main() -> None:
     options = parser.parse_args()
     engine, _, memory_of = (options.worker or "").partition(":")
     if memory_of:
-        print(growth(engine, memory_of)())
+        print(growth(engine, memory_of))
         return
     if engine:
         serve(MAKERS[engine])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import pathlib
 import platform
@@ -164,3 +165,49 @@ def take_turns(
                 time.sleep(0.15)  # until the threads of the one before have stopped spinning
                 seconds.setdefault((engine, case), []).append(worker.measure(case, repeats))
     return {key: statistics.median(values) for key, values in seconds.items()}
+
+
+def purenn_step(
+    nn: Any, net: Any, shape: tuple[int, ...], gradients: Callable, optimizer: Any, batch: Any
+) -> Callable[[], object]:
+    """One training step as the README writes it, on the same batch (x, labels) again and again."""
+    params, _ = net.init(0, shape)
+    now = {"params": params, "state": optimizer.init(params)}
+    steps = itertools.count()
+
+    def step() -> None:
+        params = now["params"]
+        _, grads, cache = gradients(nn.training(params, (0, next(steps))), *batch)
+        params, now["state"] = optimizer.step(params, grads, now["state"])
+        now["params"] = nn.update_statistics(params, cache)
+
+    return step
+
+
+def torch_step(net: Any, optimizer: Any, images: Any, target: Any) -> Callable[[], object]:
+    """One training step as PyTorch's own tutorials write it."""
+    import torch
+
+    loss_function = torch.nn.CrossEntropyLoss()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = loss_function(net(images), target)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+def torch_forward(net: Any, images: Any) -> Callable[[], object]:
+    """The forward pass at inference."""
+    import torch
+
+    net.eval()
+
+    def forward() -> object:
+        with torch.inference_mode():
+            return net(images)
+
+    return forward

@@ -13,7 +13,19 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from common import REPOSITORY, Neighbours, Worker, has_torch, header, serve, table, take_turns
+from common import (
+    REPOSITORY,
+    Neighbours,
+    Worker,
+    has_torch,
+    header,
+    purenn_step,
+    serve,
+    table,
+    take_turns,
+    torch_forward,
+    torch_step,
+)
 
 WIDTHS = (784, 256, 128, 10)
 STEPS = {  # case: repeats a turn
@@ -60,17 +72,13 @@ def purenn_case(case: str, five_lines: bool = False) -> Callable[[], object]:
     if not name:
         return lambda: net.forward(params, x)
     optimizer = nn.sgd(0.01, momentum=0.9) if name == "sgd" else nn.adam()
+    if not five_lines:
+        gradients = nn.value_and_grad(net, nn.softmax_cross_entropy)
+        return purenn_step(nn, net, (784,), gradients, optimizer, (x, labels))
     now = {"params": params, "state": optimizer.init(params)}
-    gradients = nn.value_and_grad(net, nn.softmax_cross_entropy)
     steps = itertools.count()
 
     def step() -> None:
-        params = now["params"]
-        _, grads, cache = gradients(nn.training(params, (0, next(steps))), x, labels)
-        params, now["state"] = optimizer.step(params, grads, now["state"])
-        now["params"] = nn.update_statistics(params, cache)
-
-    def step_in_five_lines() -> None:
         params = now["params"]
         logits, cache = net.forward(nn.training(params, (0, next(steps))), x)
         _, dlogits = nn.softmax_cross_entropy(logits, labels)
@@ -78,7 +86,7 @@ def purenn_case(case: str, five_lines: bool = False) -> Callable[[], object]:
         params, now["state"] = optimizer.step(params, grads, now["state"])
         now["params"] = nn.update_statistics(params, cache)
 
-    return step_in_five_lines if five_lines else step
+    return step
 
 
 def torch_case(case: str) -> Callable[[], object]:
@@ -96,26 +104,13 @@ def torch_case(case: str) -> Callable[[], object]:
         torch.nn.Linear(128, 10),
     )
     if not name:
-
-        def forward() -> object:
-            with torch.inference_mode():
-                return net(images)
-
-        return forward
-    loss_function = torch.nn.CrossEntropyLoss()
+        return torch_forward(net, images)
     if name == "sgd":
         optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     else:
         optimizer = torch.optim.Adam(net.parameters())
 
-    def step() -> None:
-        optimizer.zero_grad()
-        loss = loss_function(net(images), target)
-        loss.backward()
-        optimizer.step()
-        loss.item()
-
-    return step
+    return torch_step(net, optimizer, images, target)
 
 
 def numpy_case(case: str, with_optimizer: bool) -> Callable[[], object]:
