@@ -79,7 +79,7 @@ __all__ = [
     # training helpers
     "value_and_grad", "data_parallel", "accuracy", "batches",
     # data
-    "draw_digits", "augment",
+    "draw_digits", "augment", "resize",
     # files and network
     "save", "load", "read_idx", "read_dataset", "MNIST_MIRRORS", "download_mnist",
 ]
@@ -2012,6 +2012,15 @@ def _init_state(params: Tree, *, where: str, remembers: dict[str, Callable]) -> 
     return {"step": np.zeros((), np.int64), "scale": np.ones(()), **trees}
 
 
+def _check_rate(where: str, name: str, rate: Any, when: str = "") -> float:
+    limit = 1.0 if name == "momentum" else math.inf
+    return _number(where, name + when, rate, minimum=0, below=limit)
+
+
+def _rate_or_schedule(where: str, name: str, rate: Any) -> Rate:
+    return rate if callable(rate) else _check_rate(where, name, rate)
+
+
 def _item(value: Any) -> Any:
     """The number in an array without axes; anything else as it is."""
     return value.item() if isinstance(value, np.ndarray) and not value.ndim else value
@@ -2024,10 +2033,10 @@ def _take_step(
     *,
     where: str,
     remembers: dict[str, Callable],
-    lr: Rate,
+    rates: dict[str, Rate],
     update: Callable[..., tuple[Array, Tree]],
 ) -> tuple[Tree, Tree]:
-    """One step of any optimiser: `update` for every entry of grads."""
+    """One step of any optimiser: `update` for every entry of grads, at the rates of this step."""
     for name, tree in (("params", params), ("grads", grads), ("state", state)):
         if not isinstance(tree, dict):
             raise TypeError(f"{where}: {name} must be a dict, got {_kind(tree)}")
@@ -2036,9 +2045,12 @@ def _take_step(
     memory = {quantity: state[quantity] for quantity in remembers}
     step = _whole(where, "step in the state", _item(state["step"]), 0)
     scale = _number(where, "scale in the state", _item(state["scale"]), minimum=0, maximum=1)
-    rate = lr(step) if callable(lr) else lr
-    rate = scale * _number(where, f"lr at step {step}", rate, minimum=0, below=math.inf)
-    params, memory = _update_tree(where, "", params, grads, memory, partial(update, lr=rate))
+    now = {
+        name: _check_rate(where, name, rate(step), f" at step {step}") if callable(rate) else rate
+        for name, rate in rates.items()
+    }
+    now["lr"] *= scale
+    params, memory = _update_tree(where, "", params, grads, memory, partial(update, **now))
     return params, {**state, **memory, "step": np.array(step + 1)}
 
 
@@ -2088,19 +2100,24 @@ def _update_entry(
 
 
 def _optimizer(
-    where: str, lr: Rate, update: Callable, remembers: dict[str, Any], **options: Any
+    where: str, rates: dict[str, Rate], update: Callable, remembers: dict[str, Any], **options: Any
 ) -> Optimizer:
-    if not callable(lr):
-        lr = _number(where, "lr", lr, minimum=0, below=math.inf)
+    """An optimiser with `rates` that may be schedules and `options` that stay as they are."""
+    rates = {name: _rate_or_schedule(where, name, rate) for name, rate in rates.items()}
     update = partial(update, **options)
     return Optimizer(
         partial(_init_state, where=where, remembers=remembers),
-        partial(_take_step, where=where, remembers=remembers, lr=lr, update=update),
+        partial(_take_step, where=where, remembers=remembers, rates=rates, update=update),
     )
 
 
 def _decay(where: str, weight_decay: float) -> float:
     return _number(where, "weight_decay", weight_decay, minimum=0, below=math.inf)
+
+
+def _velocity(momentum: Rate) -> dict[str, Callable]:
+    """What an optimiser remembers for its momentum: nothing where that is 0 for good."""
+    return {"velocity": np.zeros_like} if callable(momentum) or momentum else {}
 
 
 def _sgd_update(
@@ -2126,21 +2143,24 @@ def _sgd_update(
 
 
 def sgd(
-    lr: Rate, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
+    lr: Rate, momentum: Rate = 0.0, nesterov: bool = False, weight_decay: float = 0.0
 ) -> Optimizer:
     """Stochastic gradient descent: v <- momentum · v + g, p <- p - lr · v.
 
     g includes weight_decay · p. With nesterov, p <- p - lr · (g + momentum · v). As PyTorch's
-    SGD. ValueError for nesterov without momentum, a momentum outside [0, 1) or a negative rate
-    or decay.
+    SGD; momentum may be a schedule, as lr. ValueError for nesterov without momentum, a momentum
+    outside [0, 1) or a negative rate or decay.
     """
-    momentum = _number("sgd", "momentum", momentum, minimum=0, below=1)
+    momentum = _rate_or_schedule("sgd", "momentum", momentum)
     if nesterov and not momentum:
         raise ValueError("sgd: nesterov needs a momentum above 0")
-    options = {"momentum": momentum, "nesterov": bool(nesterov)}
-    options["weight_decay"] = _decay("sgd", weight_decay)
     return _optimizer(
-        "sgd", lr, _sgd_update, {"velocity": np.zeros_like} if momentum else {}, **options
+        "sgd",
+        {"lr": lr, "momentum": momentum},
+        _sgd_update,
+        _velocity(momentum),
+        nesterov=bool(nesterov),
+        weight_decay=_decay("sgd", weight_decay),
     )
 
 
@@ -2205,7 +2225,7 @@ def adam(
     [0, 1), an eps that is not positive, a negative rate or decay.
     """
     options = _adam_options("adam", beta1, beta2, eps, weight_decay)
-    return _optimizer("adam", lr, _adam_update, _ADAM_MEMORY, **options, decoupled=False)
+    return _optimizer("adam", {"lr": lr}, _adam_update, _ADAM_MEMORY, **options, decoupled=False)
 
 
 def adamw(
@@ -2220,7 +2240,7 @@ def adamw(
     As PyTorch's AdamW (Loshchilov and Hutter 2019). Errors as `adam`.
     """
     options = _adam_options("adamw", beta1, beta2, eps, weight_decay)
-    return _optimizer("adamw", lr, _adam_update, _ADAM_MEMORY, **options, decoupled=True)
+    return _optimizer("adamw", {"lr": lr}, _adam_update, _ADAM_MEMORY, **options, decoupled=True)
 
 
 def _rmsprop_update(
@@ -2249,26 +2269,23 @@ def rmsprop(
     lr: Rate = 0.01,
     decay: float = 0.99,
     eps: float = 1e-8,
-    momentum: float = 0.0,
+    momentum: Rate = 0.0,
     weight_decay: float = 0.0,
 ) -> Optimizer:
     """s <- decay · s + (1 - decay) g², v <- momentum · v + g / (sqrt(s) + eps), p <- p - lr · v.
 
-    g includes weight_decay · p. As PyTorch's RMSprop (Tieleman and Hinton 2012). ValueError for
-    a decay or momentum outside [0, 1), an eps that is not positive, a negative rate.
+    g includes weight_decay · p; momentum may be a schedule. As PyTorch's RMSprop (Tieleman and
+    Hinton 2012). ValueError for a decay or momentum outside [0, 1), an eps that is not positive,
+    a negative rate.
     """
-    momentum = _number("rmsprop", "momentum", momentum, minimum=0, below=1)
-    remembers: dict[str, Callable] = {"square_average": np.zeros_like}
-    if momentum:
-        remembers["velocity"] = np.zeros_like
+    momentum = _rate_or_schedule("rmsprop", "momentum", momentum)
     return _optimizer(
         "rmsprop",
-        lr,
+        {"lr": lr, "momentum": momentum},
         _rmsprop_update,
-        remembers,
+        {"square_average": np.zeros_like, **_velocity(momentum)},
         decay=_number("rmsprop", "decay", decay, minimum=0, below=1),
         eps=_number("rmsprop", "eps", eps, above=0, below=math.inf),
-        momentum=momentum,
         weight_decay=_decay("rmsprop", weight_decay),
     )
 
@@ -2288,10 +2305,14 @@ def adagrad(lr: Rate = 0.01, eps: float = 1e-10, weight_decay: float = 0.0) -> O
     As PyTorch's Adagrad (Duchi et al. 2011). ValueError for an eps that is not positive, a
     negative rate or decay.
     """
-    eps = _number("adagrad", "eps", eps, above=0, below=math.inf)
-    decay = _decay("adagrad", weight_decay)
-    remembers = {"square_sum": np.zeros_like}
-    return _optimizer("adagrad", lr, _adagrad_update, remembers, eps=eps, weight_decay=decay)
+    return _optimizer(
+        "adagrad",
+        {"lr": lr},
+        _adagrad_update,
+        {"square_sum": np.zeros_like},
+        eps=_number("adagrad", "eps", eps, above=0, below=math.inf),
+        weight_decay=_decay("adagrad", weight_decay),
+    )
 
 
 def _adadelta_update(
@@ -2324,7 +2345,7 @@ def adadelta(
     """
     return _optimizer(
         "adadelta",
-        lr,
+        {"lr": lr},
         _adadelta_update,
         {"square_average": np.zeros_like, "change_average": np.zeros_like},
         decay=_number("adadelta", "decay", decay, minimum=0, below=1),
@@ -2930,6 +2951,31 @@ def augment(
         bend = (elastic / 0.48) * (down @ knots @ across.T).astype(np.float32)
         y, x = y + bend[0], x + bend[1]
     return _sampled(images, y, x)
+
+
+def _overlaps(length: int, pixels: int) -> Array:
+    """(pixels, length): the share of each old pixel in each of the new ones on the same line."""
+    edges = np.linspace(0, length, pixels + 1)
+    start, end = edges[:-1, None], edges[1:, None]
+    old = np.arange(length)
+    covered = np.minimum(end, old + 1) - np.maximum(start, old)
+    return np.maximum(covered, 0) * (pixels / length)
+
+
+def resize(images: Array, size: int | Pair) -> Array:
+    """images (N, C, H, W) as (N, C, *size): every new pixel is the mean of the area it covers.
+
+    `size` is an int or a pair (height, width). The mean of an image stays what it is; to a
+    multiple of the size, pixels are repeated. As area interpolation elsewhere (OpenCV's
+    INTER_AREA). ValueError for a size below 1 or images that are not (N, C, H, W).
+    """
+    _check_array("resize", "images", images)
+    if images.ndim != 4 or 0 in images.shape[2:]:
+        raise ValueError(f"resize: images must be (N, C, H, W), got shape {images.shape}")
+    height, width = _pair("resize", "size", size, 1)
+    down = _overlaps(images.shape[2], height).astype(images.dtype)
+    across = _overlaps(images.shape[3], width).astype(images.dtype)
+    return np.ascontiguousarray(down @ (images @ across.T))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1758,6 +1758,7 @@ def adadelta_rule(p, g, memory, lr, decay=0.9, eps=1e-6, weight_decay=0.0):
 OPTIMISERS = {  # name: (constructor, its rule written out, default rate, options)
     "sgd": (nn.sgd, sgd_rule, None, {}),
     "sgd momentum": (nn.sgd, sgd_rule, None, {"momentum": 0.9}),
+    "sgd momentum schedule": (nn.sgd, sgd_rule, None, {"momentum": nn.multistep(0.9, [2], 0.5)}),
     "sgd nesterov": (nn.sgd, sgd_rule, None, {"momentum": 0.7, "nesterov": True}),
     "adam": (nn.adam, adam_rule, 1e-3, {}),
     "adam options": (nn.adam, adam_rule, 1e-3, {"beta1": 0.5, "beta2": 0.7, "eps": 1e-2}),
@@ -1811,16 +1812,26 @@ def test_optimisers_follow_their_rules(name, seed, lr, weight_decay, dtype):
         if step == 1:
             grads = {"a": {"W": grads["a"]["W"]}}  # the others are frozen for a step
         params, state = optimizer.step(frozen(params), frozen(grads), frozen(state))
-        now = 0.1 * 0.5**step if lr == "schedule" else default if lr is None else lr
+        rate = 0.1 * 0.5**step if lr == "schedule" else default if lr is None else lr
+        now = {key: value(step) if callable(value) else value for key, value in options.items()}
         for path, g in nn.tree_flatten(grads).items():
-            expected[path] = rule(
-                expected[path], g.astype(np.float64), memories[path], now, **options
-            )
+            expected[path] = rule(expected[path], g.astype(np.float64), memories[path], rate, **now)
         assert int(state["step"]) == step + 1
         for path, leaf in nn.tree_flatten(params).items():
             assert (type(leaf), leaf.dtype, leaf.shape) == (np.ndarray, dtype, expected[path].shape)
             tolerance = 1e-10 if dtype == np.float64 else 2e-4
             np.testing.assert_allclose(leaf, expected[path], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("constructor", [nn.sgd, nn.rmsprop])
+def test_a_scheduled_momentum_is_checked_at_its_step(constructor):
+    optimizer = constructor(0.1, momentum=lambda step: 0.5 * step)
+    params = some_params(1)
+    state = optimizer.init(params)
+    for _ in range(2):
+        params, state = optimizer.step(params, params, state)
+    with pytest.raises(ValueError, match="momentum at step 2 must be >= 0 and < 1, got 1"):
+        optimizer.step(params, params, state)
 
 
 @every_optimiser
@@ -2014,6 +2025,7 @@ def test_states_hold_what_the_rule_remembers_and_no_more():
     remembered = {
         "sgd": set(),
         "sgd momentum": {"velocity"},
+        "sgd momentum schedule": {"velocity"},
         "sgd nesterov": {"velocity"},
         "adam": {"m", "v", "count"},
         "adamw": {"m", "v", "count"},
@@ -2622,6 +2634,26 @@ def test_augment_is_pure_and_never_leaves_the_range_of_values(shape, amounts, dt
     np.testing.assert_allclose(nn.augment(seed, images, **STILL), images, atol=1e-4)
 
 
+@given(
+    shape=st.tuples(*[st.integers(0, 3)] * 2, *[st.integers(1, 9)] * 2),
+    size=st.integers(1, 12) | st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    dtype=st.sampled_from([np.float32, np.float64]),
+    order=st.sampled_from(ORDERS),
+    seed=st.integers(0, 1000),
+)
+def test_resize_takes_the_mean_of_the_area(shape, size, dtype, order, seed):
+    images = np.random.default_rng(seed).random(shape).astype(dtype)
+    given_images = frozen({"x": in_order(images, order)})["x"]
+    resized = nn.resize(given_images, size)
+    height, width = size if isinstance(size, tuple) else (size, size)
+    # Every pixel cut into height x width parts, and these put together anew, can be counted.
+    parts = images.repeat(height, axis=2).repeat(width, axis=3)
+    blocks = parts.reshape(*shape[:2], height, shape[2], width, shape[3])
+    np.testing.assert_allclose(resized, blocks.mean(axis=(3, 5)), atol=1e-5)
+    assert (resized.dtype, resized.shape) == (dtype, (*shape[:2], height, width))
+    assert all_bytes(nn.resize(images, size)) == all_bytes(resized)
+
+
 def test_samples_between_pixels_are_bilinear_and_zero_outside():
     image = np.arange(12.0).reshape(1, 1, 3, 4) + 1
     points = [
@@ -2819,6 +2851,14 @@ MISUSE: dict[
         (ValueError, "stretch must be >= 0 and < 1", (0, np.ones((1, 1, 2, 2)), 1, 1, 0, 1)),
         (ValueError, "elastic must be >= 0", (0, np.ones((1, 1, 2, 2)), 1, 1, 0, 0, -1)),
     ],
+    "resize": [
+        (TypeError, "images must be a NumPy array", ([1.0], 2)),
+        (TypeError, "images must be float32 or float64", (np.ones((1, 1, 2, 2), np.uint8), 2)),
+        (ValueError, r"images must be \(N, C, H, W\), got shape \(2, 3\)", (Z, 2)),
+        (ValueError, r"images must be \(N, C, H, W\)", (np.ones((1, 1, 0, 2)), 2)),
+        (ValueError, "size must be at least 1", (np.ones((1, 1, 2, 2)), (2, 0))),
+        (TypeError, "size must be a whole number", (np.ones((1, 1, 2, 2)), 2.0)),
+    ],
     "update_statistics": [
         (ValueError, "momentum must be >= 0 and <= 1", ({}, {}, 1.1)),
         (ValueError, "momentum", ({}, {}, -0.1)),
@@ -2858,6 +2898,7 @@ MISUSE: dict[
         (ValueError, "lr must be >= 0", (-1,)),
         (ValueError, "momentum must be >= 0 and < 1", (1, 1)),
         (ValueError, "momentum", (1, -0.1)),
+        (TypeError, "momentum must be a number", (1, "0.9")),
         (ValueError, "nesterov needs a momentum", (1, 0, True)),
         (ValueError, "weight_decay must be >= 0", (1, 0, False, -1)),
     ],
