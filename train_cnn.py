@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-
-import numpy as np
 
 import purenn as nn
 import train_mlp
-from train_mlp import ACTIVATIONS, INITIALISERS, count
+from train_mlp import ACTIVATIONS, Experiment, count, initialiser, outputs
 
 POOLS = {"max": nn.max_pool2d, "average": nn.avg_pool2d}
 
@@ -33,7 +31,7 @@ def convolutions(options: argparse.Namespace) -> dict[str, nn.Layer]:
                 channels,
                 options.kernel,
                 padding="same",
-                init=INITIALISERS[options.init],
+                init=initialiser(options),
                 bias=not options.batch_norm,
             )
             if options.batch_norm:
@@ -46,32 +44,26 @@ def convolutions(options: argparse.Namespace) -> dict[str, nn.Layer]:
 
 def build_cnn(options: argparse.Namespace, classes: int) -> nn.Layer:
     """The convolutions, flatten, hidden layers, and one linear layer with a unit for each class."""
-    out = nn.linear(classes, INITIALISERS[options.init])
+    out = nn.linear(classes, initialiser(options))
     hidden = train_mlp.hidden_layers(options)
     return nn.sequential(**convolutions(options), flatten=nn.flatten(), **hidden, out=out)
 
 
-def outputs(net: nn.Layer, params: nn.Tree, x: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, output) of every layer of a `sequential`, at inference."""
-    for name, layer in net.forward.keywords["layers"].items():  # type: ignore[attr-defined]
-        x, _ = layer.forward(params.get(name, {}), x)
-        yield name, x
-
-
-def draw_cnn(folder: str, net: nn.Layer, params: nn.Tree, data: dict[str, np.ndarray]) -> None:
+def draw_cnn(folder: str, experiment: Experiment, params: nn.Tree) -> None:
     """kernels.png: the first ones; features.png: what each convolution makes of one image."""
     first = next((name for name in params if name.startswith("conv") and "W" in params[name]), None)
     if first is not None:
         kernels = train_mlp.as_pictures(params[first]["W"])
         train_mlp.plot_grid(os.path.join(folder, "kernels.png"), kernels, "first kernels")
-    image = data["x_test"][:1]
+    image = experiment.data["x_test"][:1]
     maps = [("image", image[0])]
     maps += [
         (name.replace("convact", "convolution "), y[0])
-        for name, y in outputs(net, params, image)
+        for name, y in outputs(experiment.net, params, image)
         if name.startswith("convact")
     ]
     train_mlp.plot_maps(os.path.join(folder, "features.png"), maps)
+    train_mlp.draw_mistakes(folder, experiment, params)
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -101,8 +93,9 @@ def command_line() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, train, report; gives the exit code."""
     parser = command_line()
-    options = parser.parse_args(arguments)
-    return train_mlp.guarded(parser.prog, partial(train_mlp.run, options, build_cnn, draw_cnn))
+    options, setting = train_mlp.parse(parser, arguments)
+    run = partial(train_mlp.run, options, setting, build_cnn, draw_cnn)
+    return train_mlp.guarded(parser.prog, run)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Train a multilayer perceptron on MNIST, on your own images, or on digits that purenn draws.
 
     python train_mlp.py --hidden 512 256 --epochs 10 --out runs/first --plot
+    python train_mlp.py --task sine --plot
 
 What a script for another kind of network needs as well (options, data, the loop, the report,
 pictures) is written so that it can be imported from here: see `main`, which is short.
@@ -10,13 +11,16 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
+import json
 import math
 import os
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,7 +46,7 @@ INITIALISERS = {
     "xavier-normal": nn.xavier_normal,
     "xavier-uniform": nn.xavier_uniform,
     "orthogonal": nn.orthogonal,
-    "normal": nn.normal(0.02),
+    "normal": nn.normal,  # of the standard deviation --init-std
     "zeros": nn.zeros,
 }
 OPTIMISERS: dict[
@@ -55,26 +59,32 @@ OPTIMISERS: dict[
     "adagrad": (nn.adagrad, 0.02, False),
     "adadelta": (nn.adadelta, 1.0, False),
 }
-LOSSES = {  # those on class numbers; the others compare with a row that is 1 at the class
-    "cross-entropy": nn.softmax_cross_entropy,
-    "hinge": nn.hinge,
+VALUE_LOSSES = {"mse": nn.mean_squared_error, "mae": nn.mean_absolute_error, "huber": nn.huber}
+# With classes, these compare with a row that is 1 at the class and 0 elsewhere.
+ROW_LOSSES = {**VALUE_LOSSES, "bce": nn.binary_cross_entropy}
+SCHEDULES = {  # name: which of --lr-factor and --lr-epochs it takes
+    "constant": (),
+    "step": ("lr_factor", "lr_epochs"),
+    "multistep": ("lr_factor", "lr_epochs"),
+    "exponential": ("lr_factor",),
+    "cosine": (),
+    "cyclic": ("lr_epochs",),
+    "one-cycle": (),
+    "plateau": ("lr_factor", "lr_epochs"),
 }
-ROW_LOSSES = {
-    "mse": nn.mean_squared_error,
-    "mae": nn.mean_absolute_error,
-    "huber": nn.huber,
-    "bce": nn.binary_cross_entropy,
+SINE: dict[str, Any] = {  # what --task sine takes instead of the defaults
+    "hidden": [50, 50, 50],
+    "activation": "gelu",
+    "init": "xavier-uniform",
+    "batch_norm": False,
+    "dropout": 0.0,
+    "loss": "mse",
+    "epochs": 900,
+    "batch_size": 64,
+    "lr": 0.004,
+    "schedule": "exponential",
+    "report_every": 2_565,  # 45 epochs
 }
-SCHEDULES = (
-    "constant",
-    "step",
-    "multistep",
-    "exponential",
-    "cosine",
-    "cyclic",
-    "one-cycle",
-    "plateau",
-)
 
 
 def whole(minimum: int, text: str) -> int:
@@ -99,6 +109,8 @@ count = partial(whole, 1)
 count.__name__ = "whole number"  # type: ignore[attr-defined]
 count_or_zero = partial(whole, 0)
 count_or_zero.__name__ = "whole number"  # type: ignore[attr-defined]
+positive = partial(real, 5e-324, math.inf)
+positive.__name__ = "number"  # type: ignore[attr-defined]
 not_negative = partial(real, 0.0, math.inf)
 not_negative.__name__ = "number"  # type: ignore[attr-defined]
 fraction = partial(real, 0.0, 1.0)
@@ -121,6 +133,9 @@ def augmentation(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"the amount of {kind} is no number: {amount}") from None
 
 
+NOT_OF_THE_SETTING = ("data", "out", "plot", "compare", "summary", "report_every")
+
+
 def new_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the options that every training script has; a script adds its own."""
     parser = argparse.ArgumentParser(
@@ -135,9 +150,10 @@ def new_parser(description: str) -> argparse.ArgumentParser:
         "--data",
         metavar="DIR",
         default=argparse.SUPPRESS,
-        help="folder with MNIST-style IDX files (.gz or not) or a Keras-style .npz, or the .npz"
-        " itself; 'builtin' for digits that purenn draws (default: data/mnist, downloaded into"
-        " it if it is not there; without a network the digits that purenn draws)",
+        help="folder with MNIST-style IDX files (.gz or not), with a Keras-style .npz or with a"
+        " sub-folder of images for each class (in train/ and test/ or by themselves; needs Pillow),"
+        " or the .npz itself; 'builtin' for digits that purenn draws (default: data/mnist,"
+        " downloaded into it if it is not there; without a network the digits that purenn draws)",
     )
     data.add_argument(
         "--validation",
@@ -146,6 +162,31 @@ def new_parser(description: str) -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="training images held out to choose the best epoch; 0 keeps the last epoch"
         " (default: a tenth of them, at most 5,000)",
+    )
+    data.add_argument(
+        "--train-size",
+        metavar="N",
+        type=count,
+        default=argparse.SUPPRESS,
+        help="train on N of the other training images, chosen by the seed (default: all)",
+    )
+    data.add_argument(
+        "--test-size",
+        metavar="N",
+        type=count,
+        default=argparse.SUPPRESS,
+        help="test on N of the test images, always the same ones (default: all; of a folder of"
+        " images that has no test images, a fifth)",
+    )
+    data.add_argument(
+        "--size",
+        metavar="N",
+        type=count,
+        default=argparse.SUPPRESS,
+        help="bring all images to N x N pixels, each the mean of the area it covers",
+    )
+    data.add_argument(
+        "--center", action="store_true", help="pixels from -0.5 to 0.5 instead of 0 to 1"
     )
     data.add_argument(
         "--augment",
@@ -157,9 +198,14 @@ def new_parser(description: str) -> argparse.ArgumentParser:
         " scale=SHARE, stretch=SHARE, elastic=PIXELS; those named and no other, without any"
         " shift=2 rotation=10 scale=0.1 stretch=0.1",
     )
+    parser.set_defaults(task="classes")
     training = parser.add_argument_group("training")
     training.add_argument(
-        "--epochs", metavar="N", type=count, default=20, help="rounds of training"
+        "--epochs",
+        metavar="N",
+        type=count_or_zero,
+        default=20,
+        help="rounds of training; 0 tests the network as it is",
     )
     training.add_argument(
         "--batch-size", metavar="N", type=count, default=128, help="images a step"
@@ -184,6 +230,13 @@ def new_parser(description: str) -> argparse.ArgumentParser:
         help="of sgd or rmsprop (default: sgd 0.9, rmsprop 0)",
     )
     training.add_argument(
+        "--final-momentum",
+        metavar="M",
+        type=fraction,
+        default=argparse.SUPPRESS,
+        help="momentum in the last quarter of the training (default: as before)",
+    )
+    training.add_argument(
         "--schedule",
         choices=SCHEDULES,
         default="one-cycle",
@@ -193,10 +246,35 @@ def new_parser(description: str) -> argparse.ArgumentParser:
         " when the validation loss has not fallen for 2 epochs",
     )
     training.add_argument(
+        "--lr-factor",
+        metavar="F",
+        type=fraction,
+        default=argparse.SUPPRESS,
+        help="what step, multistep and plateau multiply the rate by, and exponential every epoch",
+    )
+    training.add_argument(
+        "--lr-epochs",
+        metavar="E",
+        type=positive,
+        nargs="+",
+        default=argparse.SUPPRESS,
+        help="step: that often; multistep: then; cyclic: up for so long; plateau: having waited"
+        " for so long; 0.5 is half an epoch",
+    )
+    training.add_argument(
         "--weight-decay", metavar="D", type=not_negative, default=0.0, help="L2 in the update rule"
     )
     training.add_argument(
-        "--loss", choices=[*LOSSES, *ROW_LOSSES], default="cross-entropy", help="what is minimised"
+        "--loss",
+        choices=["cross-entropy", "hinge", *ROW_LOSSES],
+        default="cross-entropy",
+        help="what is minimised",
+    )
+    training.add_argument(
+        "--reduction",
+        choices=["mean", "sum"],
+        default="mean",
+        help="of the gradients of a batch's images",
     )
     training.add_argument(
         "--label-smoothing",
@@ -206,12 +284,34 @@ def new_parser(description: str) -> argparse.ArgumentParser:
         help="share of each target that is spread over all classes (default: 0.1 with"
         " cross-entropy, the one loss that takes it)",
     )
+    training.add_argument(
+        "--init-from",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="begin with the weights of this model.npz",
+    )
+    training.add_argument(
+        "--train-only",
+        metavar="LAYER",
+        nargs="+",
+        default=argparse.SUPPRESS,
+        help="leave all but these layers (names: --summary) exactly as they are, as at inference;"
+        " where one of these does not fit --init-from, it begins anew",
+    )
+    training.add_argument(
+        "--report-every",
+        metavar="N",
+        type=count,
+        default=argparse.SUPPRESS,
+        help="steps from one line, point of the curves and look at the validation images to the"
+        " next (default: an epoch)",
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
         "--out",
         metavar="DIR",
         default=argparse.SUPPRESS,
-        help="keep model.npz (best epoch) and metrics.csv in this folder",
+        help="keep model.npz (best epoch), metrics.csv and options.json in this folder",
     )
     output.add_argument(
         "--plot",
@@ -219,10 +319,56 @@ def new_parser(description: str) -> argparse.ArgumentParser:
         nargs="?",
         const="",
         default=argparse.SUPPRESS,
-        help="draw curves, weights or kernels and feature maps, and the confusion matrix (needs"
-        " matplotlib) into this folder; without a folder into that of --out, else plots",
+        help="draw curves, weights or kernels and feature maps, the confusion matrix and what was"
+        " taken for something else (needs matplotlib) into this folder; without a folder into that"
+        " of --out, else plots",
+    )
+    output.add_argument(
+        "--compare",
+        metavar="RUN",
+        nargs="+",
+        default=argparse.SUPPRESS,
+        help="instead of training, draw the curves of these runs (folders of --out) in one picture,"
+        " compare.png in the folder of --plot",
+    )
+    output.add_argument(
+        "--summary", action="store_true", help="print the layers, their shapes and parameters first"
     )
     return parser
+
+
+def setting(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, str]:
+    """{"--hidden": "64 32", ...}: what was chosen that changes the result, beside the defaults."""
+    defaults = vars(parser.parse_args([]))
+    chosen = {}
+    for name, value in vars(options).items():
+        if value == defaults.get(name) or name in NOT_OF_THE_SETTING:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            chosen[flag if value else flag.replace("--", "--no-", 1)] = ""
+        elif name == "augment":
+            chosen[flag] = " ".join(f"{kind}={amount:g}" for kind, amount in value)
+        else:
+            values = value if isinstance(value, list) else [value]
+            chosen[flag] = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+    return chosen
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The options, and those among them that are not at their defaults as they would be typed."""
+    options = parser.parse_args(arguments)
+    if options.task == "sine":
+        parser.set_defaults(**SINE)
+        options = parser.parse_args(arguments)
+    return options, {"": parser.prog, **setting(parser, options)}
+
+
+def as_text(chosen: dict[str, str]) -> str:
+    """A setting as one would type it."""
+    return " ".join(f"{flag} {value}".strip() for flag, value in chosen.items())
 
 
 def add_network_options(parser: argparse.ArgumentParser, hidden: list[int]) -> Any:
@@ -235,6 +381,13 @@ def add_network_options(parser: argparse.ArgumentParser, hidden: list[int]) -> A
         "--activation", choices=ACTIVATIONS, default="relu", help="after each hidden layer"
     )
     network.add_argument("--init", choices=INITIALISERS, default="he-normal", help="first weights")
+    network.add_argument(
+        "--init-std",
+        metavar="S",
+        type=not_negative,
+        default=argparse.SUPPRESS,
+        help="standard deviation of --init normal (default: 0.02)",
+    )
     network.add_argument(
         "--dropout", metavar="RATE", type=fraction, default=0.3, help="after each hidden layer"
     )
@@ -250,14 +403,34 @@ def add_network_options(parser: argparse.ArgumentParser, hidden: list[int]) -> A
     return network
 
 
-def choose_loss(options: argparse.Namespace, classes: int) -> Callable:
-    """The loss of the options, as a function of (logits, class numbers)."""
-    if options.loss in ROW_LOSSES:
-        return partial(loss_on_rows, loss=ROW_LOSSES[options.loss], classes=classes)
+class Task(NamedTuple):
+    """What is learned, and by what it is judged."""
+
+    outputs: int  # of the network
+    loss: Callable  # (output, target) -> (loss, doutput)
+    measure: Callable  # (output, target) -> a number
+    name: str  # of that number
+    better: int  # 1 where more of it is better, -1 where less is
+    digits: int  # after the point, of what is printed
+
+
+def choose_task(options: argparse.Namespace, data: dict[str, np.ndarray]) -> Task:
+    """Classes or values, with the loss of the options."""
+    if options.task == "sine":
+        return Task(1, VALUE_LOSSES[options.loss], mean_error, "error", -1, 8)
+    classes = len(data["classes"])
+    loss: Callable = nn.hinge
     if options.loss == "cross-entropy":
         smoothing = getattr(options, "label_smoothing", 0.1)
-        return partial(nn.softmax_cross_entropy, smoothing=smoothing)
-    return LOSSES[options.loss]
+        loss = partial(nn.softmax_cross_entropy, smoothing=smoothing)
+    elif options.loss in ROW_LOSSES:
+        loss = partial(loss_on_rows, loss=ROW_LOSSES[options.loss], classes=classes)
+    return Task(classes, loss, nn.accuracy, "accuracy", 1, 4)
+
+
+def mean_error(output: np.ndarray, target: np.ndarray) -> float:
+    """The mean absolute error."""
+    return nn.mean_absolute_error(output, target)[0]
 
 
 def loss_on_rows(
@@ -267,19 +440,24 @@ def loss_on_rows(
     return loss(prediction, np.eye(classes, dtype=prediction.dtype)[labels])
 
 
-def choose_schedule(name: str, lr: float, epochs: int, epoch: int) -> Any:
-    """The learning rate by step, for `epochs` of `epoch` steps each."""
-    steps = epochs * epoch
+def choose_schedule(options: argparse.Namespace, lr: float, steps_per_epoch: int) -> Any:
+    """The learning rate by step."""
+    name, steps = options.schedule, max(options.epochs * steps_per_epoch, 1)
+    factor = getattr(options, "lr_factor", 0.1)
+    after: Any = [
+        max(round(epochs * steps_per_epoch), 1) for epochs in getattr(options, "lr_epochs", [])
+    ]
     if name == "step":
-        return nn.step_decay(lr, max(steps // 3, 1))
+        return nn.step_decay(lr, (after or [max(steps // 3, 1)])[0], factor)
     if name == "multistep":
-        return nn.multistep(lr, [steps // 2, steps * 3 // 4])
+        return nn.multistep(lr, after or [steps // 2, steps * 3 // 4], factor)
     if name == "exponential":
-        return nn.exponential(lr, 0.01 ** (1 / steps))
+        by_epoch = getattr(options, "lr_factor", 0.01 ** (steps_per_epoch / steps))
+        return nn.exponential(lr, by_epoch ** (1 / steps_per_epoch))
     if name == "cosine":
         return nn.cosine(lr, steps)
     if name == "cyclic":
-        return nn.cyclic(lr / 10, lr, 2 * epoch)
+        return nn.cyclic(lr / 10, lr, (after or [2 * steps_per_epoch])[0])
     if name == "one-cycle":
         return nn.one_cycle(lr, steps)
     return lr
@@ -288,32 +466,71 @@ def choose_schedule(name: str, lr: float, epochs: int, epoch: int) -> Any:
 def choose_optimizer(options: argparse.Namespace, steps_per_epoch: int) -> nn.Optimizer:
     """The optimiser of the options, with its schedule."""
     constructor, lr, takes_momentum = OPTIMISERS[options.optimizer]
-    lr = getattr(options, "lr", lr)
-    rate = choose_schedule(options.schedule, lr, options.epochs, steps_per_epoch)
-    extra = {"weight_decay": options.weight_decay}
-    if takes_momentum:
-        extra["momentum"] = getattr(options, "momentum", 0.9 if options.optimizer == "sgd" else 0)
-    return constructor(rate, **extra)
+    rate = choose_schedule(options, getattr(options, "lr", lr), steps_per_epoch)
+    if not takes_momentum:
+        return constructor(rate, weight_decay=options.weight_decay)
+    momentum = getattr(options, "momentum", 0.9 if options.optimizer == "sgd" else 0.0)
+    final = getattr(options, "final_momentum", momentum)
+    if final > momentum:
+        raise ValueError(f"--final-momentum {final:g} is above the momentum of {momentum:g}")
+    if final < momentum:
+        last_quarter = options.epochs * steps_per_epoch * 3 // 4
+        momentum = nn.multistep(momentum, [last_quarter], final / momentum)
+    return constructor(rate, momentum=momentum, weight_decay=options.weight_decay)
+
+
+def initialiser(options: argparse.Namespace) -> Any:
+    """The function (key, shape) -> array of --init and --init-std."""
+    if options.init == "normal":
+        return nn.normal(getattr(options, "init_std", 0.02))
+    return INITIALISERS[options.init]
 
 
 def choose_augmentation(options: argparse.Namespace) -> Callable | None:
     """The function (key, images) -> images of --augment, or None without it."""
     if not hasattr(options, "augment"):
         return None
-    if not options.augment:
-        return nn.augment
-    return partial(nn.augment, **{**dict.fromkeys(AUGMENTATIONS, 0.0), **dict(options.augment)})
+    amounts = {**dict.fromkeys(AUGMENTATIONS, 0.0), **dict(options.augment)}
+    augment = partial(nn.augment, **amounts) if options.augment else nn.augment
+    return partial(augment_centred, augment=augment) if options.center else augment
+
+
+def augment_centred(key: nn.Key, images: np.ndarray, *, augment: Callable) -> np.ndarray:
+    """Augmentation of pixels from -0.5 to 0.5: what comes in from outside is black here too."""
+    return augment(key, images + np.float32(0.5)) - np.float32(0.5)
+
+
+ONLY_WITH = {  # an option, and the choice without which it would be silently left out
+    "label_smoothing": ("loss", ("cross-entropy",)),
+    "momentum": ("optimizer", ("sgd", "rmsprop")),
+    "final_momentum": ("optimizer", ("sgd", "rmsprop")),
+    "init_std": ("init", ("normal",)),
+    "lr_factor": ("schedule", tuple(n for n, takes in SCHEDULES.items() if "lr_factor" in takes)),
+    "lr_epochs": ("schedule", tuple(n for n, takes in SCHEDULES.items() if "lr_epochs" in takes)),
+    "augment": ("task", ("classes",)),
+    "size": ("task", ("classes",)),
+    "data": ("task", ("classes",)),
+}
 
 
 def check_options(options: argparse.Namespace) -> None:
     """ValueError for options that contradict each other, before anything is done."""
+    for name, (other, choices) in ONLY_WITH.items():
+        if hasattr(options, name) and getattr(options, other) not in choices:
+            raise ValueError(
+                f"--{name.replace('_', '-')} goes with --{other} {' or '.join(choices)},"
+                f" not {getattr(options, other)}"
+            )
+    if options.task == "sine" and options.loss not in VALUE_LOSSES:
+        raise ValueError(f"--task sine takes --loss mse, mae or huber, not {options.loss}")
+    if options.task == "sine" and options.center:
+        raise ValueError("--center goes with --task classes, not sine")
+    if options.schedule != "multistep" and len(getattr(options, "lr_epochs", [1])) != 1:
+        raise ValueError(f"--schedule {options.schedule} takes one number of --lr-epochs")
     augment = choose_augmentation(options)
     if augment:
         augment(0, np.zeros((1, 1, 2, 2), np.float32))  # refuses amounts that make no sense
-    if hasattr(options, "label_smoothing") and options.loss != "cross-entropy":
-        raise ValueError(f"--label-smoothing goes with --loss cross-entropy, not {options.loss}")
-    if hasattr(options, "momentum") and not OPTIMISERS[options.optimizer][2]:
-        raise ValueError(f"--momentum goes with sgd or rmsprop, not {options.optimizer}")
+    choose_optimizer(options, 1)  # refuses what does not go together there
     if hasattr(options, "plot"):
         pyplot()
     if hasattr(options, "out"):
@@ -345,8 +562,94 @@ def has_dataset(folder: str) -> bool:
     )
 
 
-def get_data(source: str | None) -> tuple[dict[str, np.ndarray], str]:
-    """The data set that --data asks for, and a word on where it comes from."""
+def sine(train: int = 4_000, test: int = 1_000) -> dict[str, np.ndarray]:
+    """Points of y = sin x on (-π/2, π/2): by chance to train on, evenly spaced to test on."""
+    by_chance = nn.uniform(math.pi / 2)((2026, 2), (train, 1))
+    edges = np.linspace(-math.pi / 2, math.pi / 2, test + 2)
+    data = {"x_train": by_chance, "x_test": edges[1:-1, None].astype(np.float32)}
+    return {**data, **{f"y{name[1:]}": np.sin(x) for name, x in data.items()}}
+
+
+def sub_folders(folder: str) -> list[str]:
+    """The names of the folders in a folder, sorted; none where it is no folder."""
+    if not os.path.isdir(folder):
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
+def read_image(path: str, size: int | None) -> np.ndarray:
+    """(C, H, W) from 0 to 1 of an image file with 8 bits a colour; one channel if it is grey."""
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"its pixels are of mode {image.mode}, expected 8 bits a colour")
+            grey = image.mode in ("1", "L", "LA")
+            pixels = np.asarray(image.convert("L" if grey else "RGB"), np.float32)
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as an image: {error}") from None
+    pixels = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1) / np.float32(255)
+    return pixels if size is None else nn.resize(pixels[None], size)[0]
+
+
+def read_images(folder: str, classes: list[str], size: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """(images, labels) of a folder with one sub-folder for each class."""
+    try:
+        import PIL.Image
+    except ImportError:
+        raise ValueError(f"{folder}: image files need Pillow: pip install pillow") from None
+    suffixes = tuple(PIL.Image.registered_extensions())
+    images, labels = [], []
+    for label, name in enumerate(classes):
+        files = sorted(os.listdir(os.path.join(folder, name)))
+        paths = [os.path.join(folder, name, file) for file in files]
+        paths = [path for path in paths if path.lower().endswith(suffixes)]
+        if not paths:
+            raise ValueError(f"{os.path.join(folder, name)}: there is no image in this folder")
+        for path in paths:
+            images.append(read_image(path, size))
+            labels.append(label)
+            if images[-1].shape[1:] != images[0].shape[1:]:
+                sizes = " and ".join(f"{i.shape[2]}x{i.shape[1]}" for i in (images[0], images[-1]))
+                raise ValueError(f"{path}: images of {sizes} pixels; --size makes them the same")
+    channels = max(len(image) for image in images)
+    return (
+        np.stack([np.broadcast_to(image, (channels, *image.shape[1:])) for image in images]),
+        np.array(labels),
+    )
+
+
+def read_image_folders(folder: str, size: int | None) -> dict[str, np.ndarray]:
+    """A data set of image files, in one sub-folder for each class; these in train/ and test/, or
+    by themselves, and then without test images."""
+    parts = [part for part in ("train", "test") if part in sub_folders(folder)]
+    folders = {part: os.path.join(folder, part) for part in parts} or {"train": folder}
+    if "train" not in folders:
+        raise ValueError(f"{folder}: there is a folder test, but none called train")
+    classes = sub_folders(folders["train"])
+    data = {"classes": np.array(classes)}
+    for part, path in folders.items():
+        if sub_folders(path) != classes:
+            raise ValueError(f"{path}: expected a folder for each of {', '.join(classes)}")
+        data[f"x_{part}"], data[f"y_{part}"] = read_images(path, classes, size)
+    return data
+
+
+def get_data(options: argparse.Namespace) -> tuple[dict[str, np.ndarray], str]:
+    """The data set that the options ask for, and a word on where it comes from."""
+    if options.task == "sine":
+        return sine(), "y = sin x"
+    source = getattr(options, "data", None)
+    if source is not None and sub_folders(source) and not has_dataset(source):
+        return read_image_folders(source, getattr(options, "size", None)), source
+    data, origin = read_or_draw(source)
+    return {**data, "classes": np.arange(int(data["y_train"].max()) + 1).astype(str)}, origin
+
+
+def read_or_draw(source: str | None) -> tuple[dict[str, np.ndarray], str]:
+    """A data set of a file or folder of arrays, of MNIST, or of digits that purenn draws."""
     if source == "builtin":
         return drawn_digits(), "digits drawn by purenn"
     if source is not None:
@@ -375,23 +678,72 @@ def show_download(line: MovingLine, name: str, done: int, total: int) -> None:
     line.show(f"downloading {name}: {done / 1e6:.1f}{share} MB", important=done >= total)
 
 
+def shuffled(count: int, key: nn.Key) -> np.ndarray:
+    """The numbers 0 ... count-1 in the order that the key says."""
+    return next(nn.batches(count, count, key))
+
+
+def part_of(data: dict[str, np.ndarray], part: str, index: np.ndarray) -> list[np.ndarray]:
+    """[x, y] of some of the training or test images, in the order in which they stand there."""
+    index = np.sort(index)
+    return [data[f"{name}_{part}"][index] for name in ("x", "y")]
+
+
+def choose_test(data: dict[str, np.ndarray], size: int | None) -> dict[str, np.ndarray]:
+    """`size` of the test images; where there are none, of the training images, which lose them."""
+    source = "test" if "x_test" in data else "train"
+    available = len(data[f"x_{source}"])
+    if source == "test" and size is None:
+        return data
+    size = available // 5 if size is None else size
+    if size > available - (source == "train"):
+        raise ValueError(f"--test-size {size} is too many of {available} {source} images")
+    order = shuffled(available, 0)
+    parts = {"test": order[:size], **({"train": order[size:]} if source == "train" else {})}
+    chosen = dict(data)
+    for part, index in parts.items():
+        chosen[f"x_{part}"], chosen[f"y_{part}"] = part_of(data, source, index)
+    return chosen
+
+
 def split_off(
-    data: dict[str, np.ndarray], size: int | None, seed: int
-) -> tuple[dict[str, np.ndarray], int]:
-    """Hold out `size` random training images as "x_validation" and "y_validation"."""
+    data: dict[str, np.ndarray], size: int | None, seed: int, train_size: int | None = None
+) -> dict[str, np.ndarray]:
+    """Hold out `size` random training images as "x_validation" and "y_validation".
+
+    Of the others, `train_size` stay, or all.
+    """
     available = len(data["x_train"])
     if size is None:
         size = min(5_000, available // 10)
     if size >= available:
         raise ValueError(f"--validation {size} leaves none of the {available} images to train on")
-    order = np.concatenate(list(nn.batches(available, available, (seed, 3))))
-    held_out, rest = np.sort(order[:size]), np.sort(order[size:])
-    parts = {
-        f"{name}_{part}": data[f"{name}_train"][index]
-        for part, index in (("validation", held_out), ("train", rest))
-        for name in ("x", "y")
-    }
-    return {**data, **parts}, size
+    if train_size is None:
+        train_size = available - size
+    if train_size > available - size:
+        raise ValueError(
+            f"--train-size {train_size} is too many: there are {available} images, {size} of them"
+            " held out (--validation)"
+        )
+    order = shuffled(available, (seed, 3))
+    parts = dict(data)
+    parts["x_validation"], parts["y_validation"] = part_of(data, "train", order[:size])
+    index = order[size : size + train_size]
+    parts["x_train"], parts["y_train"] = part_of(data, "train", index)
+    return parts
+
+
+def prepare(data: dict[str, np.ndarray], options: argparse.Namespace) -> dict[str, np.ndarray]:
+    """As many images as the options ask for, of their size and range."""
+    data = choose_test(data, getattr(options, "test_size", None))
+    sizes = getattr(options, "validation", None), getattr(options, "train_size", None)
+    data = split_off(data, sizes[0], options.seed, sizes[1])
+    for name in ("x_train", "x_validation", "x_test"):
+        if hasattr(options, "size"):
+            data[name] = nn.resize(data[name], options.size)
+        if options.center:
+            data[name] = data[name] - np.float32(0.5)
+    return data
 
 
 # ------------------------------------------------------------------------------------------------
@@ -407,6 +759,10 @@ class MovingLine:
         self.length = 0
         self.due = 0.0
 
+    def is_due(self) -> bool:
+        """Whether it would move now: at most ten times a second."""
+        return self.moves and time.monotonic() >= self.due
+
     def show(self, text: str, important: bool = False) -> None:
         """Replace the line, at most ten times a second."""
         if self.moves and (important or time.monotonic() >= self.due):
@@ -420,86 +776,193 @@ class MovingLine:
         self.length = 0
 
 
+class Experiment(NamedTuple):
+    """What does not change while a network is trained."""
+
+    options: argparse.Namespace
+    setting: dict[str, str]  # as `parse` gives it
+    data: dict[str, np.ndarray]
+    task: Task
+    net: nn.Layer
+
+
 def predict(net: nn.Layer, params: nn.Tree, images: np.ndarray) -> np.ndarray:
-    """The logits at inference, computed 250 images at a time."""
+    """The output at inference, computed 250 images at a time."""
     parts = [images[start : start + 250] for start in range(0, len(images), 250)]
     return np.concatenate([net.forward(params, part)[0] for part in parts])
 
 
-def evaluate(
-    net: nn.Layer, params: nn.Tree, loss: Callable, images: np.ndarray, labels: np.ndarray
-) -> tuple[float, float]:
-    """(mean loss, accuracy) at inference."""
-    logits = predict(net, params, images)
-    return loss(logits, labels)[0], nn.accuracy(logits, labels)
+def layers_of(net: nn.Layer) -> dict[str, nn.Layer]:
+    """The layers of a `sequential`, by name."""
+    return net.forward.keywords["layers"]  # type: ignore[attr-defined]
 
 
-def train(
-    net: nn.Layer,
-    params: nn.Tree,
-    optimizer: nn.Optimizer,
-    loss: Callable,
-    data: dict[str, np.ndarray],
-    options: argparse.Namespace,
-) -> tuple[nn.Tree, list[dict[str, float]]]:
-    """Train, report every epoch, and give the params of the best one and all that was measured.
+def outputs(net: nn.Layer, params: nn.Tree, x: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, output) of every layer of a `sequential`, at inference."""
+    for name, layer in layers_of(net).items():
+        x, _ = layer.forward(params.get(name, {}), x)
+        yield name, x
 
-    The best epoch is that with the highest validation accuracy; without validation, the last.
+
+def summary(net: nn.Layer, params: nn.Tree, trained: nn.Tree, x: np.ndarray) -> str:
+    """A table of the layers: names, what they are, what they make of one x, numbers to train."""
+    rows = [("layer", "kind", "output", "parameters"), ("input", "", as_shape(x), "")]
+    for name, y in outputs(net, params, x):
+        forward = layers_of(net)[name].forward
+        kind = getattr(forward, "func", forward).__name__.removesuffix("_forward")
+        rows.append((name, kind, as_shape(y), f"{nn.count_parameters(trained.get(name, {})):,}"))
+    rows.append(("total", "", "", f"{nn.count_parameters(trained):,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([*map(str.ljust, row[:3], widths), row[3].rjust(widths[3])]).rstrip()
+        for row in rows
+    )
+
+
+def as_shape(batch: np.ndarray) -> str:
+    """The shape of one sample, as in 1x28x28."""
+    return "x".join(map(str, batch.shape[1:]))
+
+
+def start_from(path: str, params: nn.Tree, anew: Sequence[str]) -> nn.Tree:
+    """The params of a file, which must fit; those layers of `anew` that do not, as in `params`."""
+    loaded = nn.load(path)
+    unknown = sorted(loaded.keys() - params.keys())
+    if unknown:
+        raise ValueError(f"{path}: this network has no layer {' or '.join(unknown)}")
+    started = {}
+    for name, own in params.items():
+        expected, found = (
+            {entry: array.shape for entry, array in nn.tree_flatten({name: tree}).items()}
+            for tree in (own, loaded.get(name, {}))
+        )
+        if found != expected and name not in anew:
+            raise ValueError(
+                f"{path}: {name} has {found or 'nothing'}, but this network needs {expected}"
+            )
+        started[name] = loaded[name] if found == expected else own
+    return started
+
+
+def in_training(params: nn.Tree, key: nn.Key, only: Sequence[str] | None) -> nn.Tree:
+    """params in training mode; with `only`, these layers alone, and the others as at inference."""
+    if only is None:
+        return nn.training(params, key)
+    keys = {name: nn.fold_key(key, index) for index, name in enumerate(only)}
+    return {**params, **{name: nn.training(params[name], keys[name]) for name in only}}
+
+
+def count_steps(count: int, batch_size: int) -> int:
+    """How many steps an epoch has.
+
+    A single image that is left over at its end is left out: batch norm cannot train on one.
     """
-    state = optimizer.init(params)
-    images, labels = data["x_train"], data["y_train"]
-    augment = choose_augmentation(options)
-    best, best_score, rows = params, -1.0, []
-    line = MovingLine()
-    step, started = 0, time.monotonic()
-    total_steps = options.epochs * math.ceil(len(images) / options.batch_size)
+    full, left = divmod(count, min(batch_size, count))
+    return full + (left > 1)
+
+
+def step_images(count: int, options: argparse.Namespace) -> Iterator[tuple[int, np.ndarray]]:
+    """(epoch, numbers of its images) of every step of the training."""
     for epoch in range(1, options.epochs + 1):
-        epoch_started, seen, sum_loss, right = time.monotonic(), 0, 0.0, 0.0
-        for index in nn.batches(len(images), options.batch_size, (options.seed, 1, epoch)):
-            if len(index) == 1 < options.batch_size:
-                continue  # what is left over at the end; batch norm cannot train on one image
-            batch, target = images[index], labels[index]
-            if augment:
-                batch = augment((options.seed, 4, step), batch)
-            logits, cache = net.forward(nn.training(params, (options.seed, 2, step)), batch)
-            value, dlogits = loss(logits, target)
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"the loss became {value} in epoch {epoch}, step {step}; try a lower --lr"
-                )
-            _, grads = net.backward(params, cache, dlogits, need_dx=False)
-            params, state = optimizer.step(params, grads, state)
-            params = nn.update_statistics(params, cache)
-            step += 1
-            seen += len(index)
-            sum_loss += value * len(index)
-            right += nn.accuracy(logits, target) * len(index)
-            elapsed = time.monotonic() - started
-            line.show(
-                f"epoch {epoch}/{options.epochs}  loss {sum_loss / seen:.4f}"
-                f"  {seen / (time.monotonic() - epoch_started):,.0f} samples/s"
-                f"  {elapsed / step * (total_steps - step):.0f} s left"
-            )
-        row = {"epoch": epoch, "step": step, "loss": sum_loss / seen, "accuracy": right / seen}
-        seconds = time.monotonic() - epoch_started
-        text = f"epoch {epoch}/{options.epochs}  loss {row['loss']:.4f}"
-        text += f"  accuracy {row['accuracy']:.4f}"
-        if len(data.get("x_validation", ())):
-            parts = data["x_validation"], data["y_validation"]
-            row["validation_loss"], row["validation_accuracy"] = evaluate(net, params, loss, *parts)
-            text += (
-                f"  validation loss {row['validation_loss']:.4f}"
-                f"  accuracy {row['validation_accuracy']:.4f}"
-            )
+        indices = nn.batches(count, options.batch_size, (options.seed, 1, epoch))
+        for index in itertools.islice(indices, count_steps(count, options.batch_size)):
+            yield epoch, index
+
+
+def take_step(
+    experiment: Experiment,
+    optimizer: nn.Optimizer,
+    params: nn.Tree,
+    state: nn.Tree,
+    step: int,
+    index: np.ndarray,
+) -> tuple[nn.Tree, nn.Tree, np.ndarray]:
+    """(params, state, [loss, accuracy or error] of the batch) after one step of the training."""
+    options, _, data, task, net = experiment
+    batch, target = data["x_train"][index], data["y_train"][index]
+    augment, only = choose_augmentation(options), getattr(options, "train_only", None)
+    if augment:
+        batch = augment((options.seed, 4, step), batch)
+    output, cache = net.forward(in_training(params, (options.seed, 2, step), only), batch)
+    loss, doutput = task.loss(output, target)
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss became {loss} in step {step}; try a lower --lr")
+    if options.reduction == "sum":
+        doutput = doutput * len(batch)
+    _, grads = net.backward(params, cache, doutput, need_dx=False)
+    if only is not None:
+        grads = {name: grads[name] for name in only}
+    params, state = optimizer.step(params, grads, state)
+    params = nn.update_statistics(params, cache)
+    return params, state, np.array([loss, task.measure(output, target)])
+
+
+def validate(experiment: Experiment, params: nn.Tree, part: str) -> tuple[float, float]:
+    """(loss, accuracy or error) at inference, on the part "validation" or "test" of the data."""
+    data, task = experiment.data, experiment.task
+    output = predict(experiment.net, params, data[f"x_{part}"])
+    return task.loss(output, data[f"y_{part}"])[0], task.measure(output, data[f"y_{part}"])
+
+
+def train(experiment: Experiment, params: nn.Tree) -> tuple[nn.Tree, list[dict[str, float]]]:
+    """Train, report as often as asked, and give the best params and all that was measured.
+
+    The best ones have the best accuracy or error in validation; without it they are the last.
+    """
+    options, _, data, task, _ = experiment
+    count = len(data["x_train"])
+    epoch_steps = count_steps(count, options.batch_size)
+    report_steps = getattr(options, "report_every", epoch_steps)
+    total_steps = options.epochs * epoch_steps
+    optimizer = choose_optimizer(options, epoch_steps)
+    state = optimizer.init(params)
+    best, best_score, rows = params, -math.inf, []
+    line, started = MovingLine(), time.monotonic()
+    sums, seen, since = np.zeros(2), 0, started
+    for step, (epoch, index) in enumerate(step_images(count, options), start=1):
+        params, state, measured = take_step(experiment, optimizer, params, state, step - 1, index)
+        sums, seen, now = sums + measured * len(index), seen + len(index), time.monotonic()
+        row: dict[str, float] = {"epoch": epoch, "step": step}
+        row |= zip(("loss", task.name), (sums / seen).tolist(), strict=True)
+        speed = f"{seen / (now - since):,.0f} samples/s"
+        if step % report_steps and step < total_steps:
+            if line.is_due():
+                left = (now - started) / step * (total_steps - step)
+                line.show(f"{progress(row, options, task, ['loss'])}  {speed}  {left:.0f} s left")
+            continue
+        score = float(step)
+        if len(data["x_validation"]):
+            held_out = validate(experiment, params, "validation")
+            row |= zip(("validation_loss", f"validation_{task.name}"), held_out, strict=True)
+            score = task.better * held_out[1]
             if options.schedule == "plateau":
-                state = nn.reduce_on_plateau(state, row["validation_loss"], patience=2)
+                state = lower_rate(
+                    options, state, row["validation_loss"], epoch_steps / report_steps
+                )
         rows.append(row)
-        score = row.get("validation_accuracy", float(epoch))
         if score > best_score:
             best, best_score = params, score
             keep(options, best)
-        line.end(f"{text}  {seen / seconds:,.0f} samples/s")
+        line.end(f"{progress(row, options, task, list(row)[2:])}  {speed}")
+        sums, seen, since = np.zeros(2), 0, time.monotonic()
     return best, rows
+
+
+def lower_rate(
+    options: argparse.Namespace, state: nn.Tree, loss: float, reports_per_epoch: float
+) -> nn.Tree:
+    """--schedule plateau: the optimiser's state after a look at the validation images."""
+    (wait,) = getattr(options, "lr_epochs", [2])
+    patience = max(round(wait * reports_per_epoch), 1)
+    return nn.reduce_on_plateau(state, loss, getattr(options, "lr_factor", 0.5), patience)
+
+
+def progress(
+    row: dict[str, float], options: argparse.Namespace, task: Task, names: Sequence[str]
+) -> str:
+    """What is printed of a report."""
+    numbers = [f"{name.replace('_', ' ')} {row[name]:.{task.digits}f}" for name in names]
+    return "  ".join([f"epoch {row['epoch']}/{options.epochs}", *numbers])
 
 
 def keep(options: argparse.Namespace, params: nn.Tree) -> None:
@@ -509,53 +972,85 @@ def keep(options: argparse.Namespace, params: nn.Tree) -> None:
 
 
 def write_metrics(path: str, rows: list[dict[str, float]]) -> None:
-    """One line an epoch, in the order of the epochs."""
+    """One line a report, in their order."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
 
+def first_params(experiment: Experiment) -> nn.Tree:
+    """The params to begin with: --init, or --init-from."""
+    options, net = experiment.options, experiment.net
+    params, _ = net.init((options.seed, 0), experiment.data["x_train"].shape[1:])
+    only = getattr(options, "train_only", [])
+    for name in only:
+        if name not in params:
+            raise ValueError(
+                f"--train-only: no layer {name} has parameters, but {', '.join(params)}"
+            )
+    if hasattr(options, "init_from"):
+        params = start_from(options.init_from, params, only)
+    return params
+
+
+def trained_entries(experiment: Experiment, params: nn.Tree) -> nn.Tree:
+    """The gradients of a first batch: which entries of params are trained, and their sizes."""
+    _, _, data, task, net = experiment
+    x, y = data["x_train"][:2], data["y_train"][:2]
+    _, grads, _ = nn.value_and_grad(net, task.loss)(nn.training(params, 0), x, y)
+    only = getattr(experiment.options, "train_only", grads)
+    return {name: entries for name, entries in grads.items() if name in only}
+
+
 def run(
     options: argparse.Namespace,
+    setting: dict[str, str],
     build: Callable[[argparse.Namespace, int], nn.Layer],
-    pictures: Callable[[str, nn.Layer, nn.Tree, dict[str, np.ndarray]], None],
+    pictures: Callable[[str, Experiment, nn.Tree], None],
 ) -> None:
-    """Everything from the data to the last line; `build(options, classes)` makes the network."""
+    """Everything from the data to the last line; `build(options, outputs)` makes the network."""
     started = time.monotonic()
     check_options(options)
-    data, origin = get_data(getattr(options, "data", None))
-    classes = int(data["y_train"].max()) + 1
-    data, held_out = split_off(data, getattr(options, "validation", None), options.seed)
-    if options.schedule == "plateau" and not held_out:
+    if hasattr(options, "compare"):
+        compare(options)
+        return
+    data, origin = get_data(options)
+    data = prepare(data, options)
+    if options.schedule == "plateau" and not len(data["x_validation"]):
         raise ValueError("--schedule plateau needs validation images, but --validation is 0")
-    shape = data["x_train"].shape[1:]
-    net = build(options, classes)
-    params, _ = net.init((options.seed, 0), shape)
-    loss = choose_loss(options, classes)
-    first = nn.training(params, 0), data["x_train"][:2], data["y_train"][:2]
-    trained = nn.value_and_grad(net, loss)(*first)[1]
+    task = choose_task(options, data)
+    experiment = Experiment(options, setting, data, task, build(options, task.outputs))
+    params = first_params(experiment)
+    trained = trained_entries(experiment, params)
+    if options.summary:
+        print(summary(experiment.net, params, trained, data["x_train"][:1]))
+    sizes = "{:,} training, {:,} validation and {:,} test".format(
+        *(len(data[f"x_{part}"]) for part in ("train", "validation", "test"))
+    )
+    what = "points" if options.task == "sine" else f"images of {as_shape(data['x_train'])}"
+    classes = f", {task.outputs} classes" if options.task == "classes" else ""
     print(
-        f"{origin}: {len(data['x_train']):,} training, {held_out:,} validation and"
-        f" {len(data['x_test']):,} test images of {'x'.join(map(str, shape))}, {classes} classes;"
-        f" {nn.count_parameters(trained):,} parameters to train",
+        f"{origin}: {sizes} {what}{classes}; {nn.count_parameters(trained):,} parameters to train",
         flush=True,
     )
-    steps = math.ceil(len(data["x_train"]) / options.batch_size)
-    best, rows = train(net, params, choose_optimizer(options, steps), loss, data, options)
     if hasattr(options, "out"):
+        with open(os.path.join(options.out, "options.json"), "w", encoding="utf-8") as file:
+            json.dump(setting, file, indent=1)
+    best, rows = train(experiment, params)
+    if hasattr(options, "out") and rows:
         write_metrics(os.path.join(options.out, "metrics.csv"), rows)
-    logits, labels = predict(net, best, data["x_test"]), data["y_test"]
     if hasattr(options, "plot"):
         folder = options.plot or getattr(options, "out", "plots")
         os.makedirs(folder, exist_ok=True)
-        plot_curves(os.path.join(folder, "curves.png"), rows)
-        pictures(folder, net, best, data)
-        predicted = logits.argmax(axis=1)
-        plot_confusion(os.path.join(folder, "confusion.png"), predicted, labels, classes)
-    test_loss, test_accuracy = loss(logits, labels)[0], nn.accuracy(logits, labels)
-    seconds = time.monotonic() - started
-    print(f"test_accuracy={test_accuracy:.4f} test_loss={test_loss:.4f} seconds={seconds:.1f}")
+        if rows:
+            plot_curves(os.path.join(folder, "curves.png"), {"": rows}, as_text(setting))
+        pictures(folder, experiment, best)
+    loss, measured = validate(experiment, best, "test")
+    print(
+        f"test_{task.name}={measured:.{task.digits}f} test_loss={loss:.{task.digits}f}"
+        f" seconds={time.monotonic() - started:.1f}"
+    )
 
 
 def guarded(name: str, function: Callable[[], None]) -> int:
@@ -581,27 +1076,85 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+        raise ValueError("pictures need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot
 
     return matplotlib.pyplot
 
 
-def plot_curves(path: str, rows: list[dict[str, float]]) -> None:
-    """Loss and accuracy by epoch, of training and validation."""
-    figure, panels = pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for panel, quantity in zip(panels, ("loss", "accuracy"), strict=True):
-        for name, label in ((quantity, "training"), (f"validation_{quantity}", "validation")):
-            if name in rows[0]:
-                values = [row[name] for row in rows]
-                panel.plot([row["epoch"] for row in rows], values, marker=".", label=label)
-        panel.set(xlabel="epoch", ylabel=quantity)
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.grid(alpha=0.3)
-        panel.legend()
+CURVES = {"loss": "loss", "accuracy": "accuracy", "error": "mean absolute error"}
+
+
+def plot_curves(path: str, runs: dict[str, list[dict[str, float]]], title: str) -> None:
+    """Loss and accuracy (or error) by step, in training and validation, of every {label: rows}."""
+    names = [name for name in next(iter(runs.values()))[0] if name in CURVES]
+    figure, panels = pyplot().subplots(1, 2, figsize=(11, 5), layout="constrained")
+    for panel, name in zip(panels, names, strict=True):
+        for number, (label, rows) in enumerate(runs.items()):
+            steps = [row["step"] for row in rows]
+            for column, style in ((name, "--"), (f"validation_{name}", "-")):
+                if column not in rows[0]:
+                    continue
+                panel.plot(
+                    steps,
+                    [row[column] for row in rows],
+                    style,
+                    marker="." if len(rows) <= 30 else "",
+                    color=f"C{number % 10}",
+                    label=", ".join(
+                        [label] * bool(label) + ["validation" if style == "-" else "training"]
+                    ),
+                )
+        bottom, top = panel.dataLim.intervaly
+        if 0 < 10 * bottom < top and name != "accuracy":
+            panel.set_yscale("log")
+        panel.set(xlabel="step", ylabel=CURVES[name])
+        panel.grid(alpha=0.3, which="both")
+    handles, labels = panels[0].get_legend_handles_labels()
+    columns = max(1, min(4, 140 // (max(map(len, labels)) + 8)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    figure.suptitle(textwrap.fill(title, 120), fontsize="medium")
     figure.savefig(path, dpi=120)
     pyplot().close(figure)
+
+
+def read_run(folder: str) -> tuple[dict[str, str], list[dict[str, float]]]:
+    """(setting, rows) of a run that was kept with --out."""
+    path = os.path.join(folder, "options.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            setting = {str(flag): str(value) for flag, value in json.load(file).items()}
+        path = os.path.join(folder, "metrics.csv")
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [
+                {name: float(value) for name, value in row.items()} for row in csv.DictReader(file)
+            ]
+        if not rows or not {"step", "loss"} <= rows[0].keys():
+            raise ValueError("there are no steps and losses in it")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: is not what --out writes: {error}") from None
+    return setting, rows
+
+
+def compare(options: argparse.Namespace) -> None:
+    """compare.png: the curves of the runs of --compare, each called by what is its own."""
+    runs = [read_run(folder) for folder in options.compare]
+    if len({tuple(rows[0])[:4] for _, rows in runs}) > 1:
+        raise ValueError("--compare: these runs measured different things")
+    settings = [setting.items() for setting, _ in runs]
+    common = set.intersection(*map(set, settings))
+    labels = [
+        as_text({f: v for f, v in own if (f, v) not in common}) or "default" for own in settings
+    ]
+    if len(set(labels)) < len(labels):  # the same setting twice
+        labels = [os.path.normpath(folder) for folder in options.compare]
+    title = as_text({flag: value for flag, value in settings[0] if (flag, value) in common})
+    folder = getattr(options, "plot", "") or "plots"
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "compare.png")
+    plot_curves(path, {label: rows for label, (_, rows) in zip(labels, runs, strict=True)}, title)
+    print(f"{path}: {len(runs)} runs")
 
 
 def as_pictures(images: np.ndarray) -> np.ndarray:
@@ -611,22 +1164,29 @@ def as_pictures(images: np.ndarray) -> np.ndarray:
     return images.mean(axis=1)
 
 
-def plot_grid(path: str, images: np.ndarray, title: str) -> None:
-    """Up to 64 images (N, H, W) or (N, H, W, 3) beside each other, zero in the middle of grey."""
+def plot_grid(path: str, images: np.ndarray, title: str, titles: Sequence[str] = ()) -> None:
+    """Up to 64 images (N, H, W) or (N, H, W, 3) beside each other, in one range of grey.
+
+    Where there are negative values, zero is in its middle: these are weights.
+    """
     images = images[:64]
     columns = math.ceil(math.sqrt(len(images)))
     lines = math.ceil(len(images) / columns)
     figure, panels = pyplot().subplots(
-        lines, columns, figsize=(columns, lines + 0.4), layout="constrained", squeeze=False
+        lines,
+        columns,
+        figsize=(max(columns, 5), lines * (1.25 if titles else 1) + 0.5),
+        layout="constrained",
+        squeeze=False,
     )
-    limit = float(np.abs(images).max()) or 1.0
+    high = float(np.abs(images).max()) or 1.0
+    low = -high if images.min() < 0 else 0.0
     for panel in panels.flat:
         panel.axis("off")
     for panel, image in zip(panels.flat, images, strict=False):
-        if image.ndim == 3:
-            panel.imshow(0.5 + 0.5 * image / limit)
-        else:
-            panel.imshow(image, cmap="gray", vmin=-limit, vmax=limit)
+        panel.imshow((image - low) / (high - low), cmap="gray", vmin=0, vmax=1)
+    for panel, text in zip(panels.flat, titles, strict=False):
+        panel.set_title(text, fontsize="medium", pad=2)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     pyplot().close(figure)
@@ -653,8 +1213,9 @@ def plot_maps(path: str, maps: Sequence[tuple[str, np.ndarray]]) -> None:
     pyplot().close(figure)
 
 
-def plot_confusion(path: str, predicted: np.ndarray, labels: np.ndarray, classes: int) -> None:
+def plot_confusion(path: str, predicted: np.ndarray, labels: np.ndarray, names: Sequence) -> None:
     """How many images of each class (down) were taken for which (across)."""
+    classes = len(names)
     counts = np.bincount(labels * classes + predicted, minlength=classes**2)
     counts = counts.reshape(classes, classes)
     side = max(4.0, 0.5 * classes + 1)
@@ -666,11 +1227,32 @@ def plot_confusion(path: str, predicted: np.ndarray, labels: np.ndarray, classes
             dark = wrong[label, prediction] > 0.6 * wrong.max() > 0
             color = "white" if dark else "black" if number else "lightgray"
             panel.text(prediction, label, number, ha="center", va="center", fontsize=8, color=color)
-        panel.set(xticks=range(classes), yticks=range(classes))
+        panel.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > 3 else 0)
+        panel.set_yticks(range(classes), names)
     right = counts.trace() / max(counts.sum(), 1)
     panel.set(xlabel="predicted", ylabel="class", title=f"test images, {right:.2%} right")
     figure.savefig(path, dpi=120)
     pyplot().close(figure)
+
+
+def draw_mistakes(folder: str, experiment: Experiment, params: nn.Tree) -> None:
+    """confusion.png, and mistakes.png: test images taken for another class."""
+    data, names = experiment.data, experiment.data["classes"].tolist()
+    logits, labels = predict(experiment.net, params, data["x_test"]), data["y_test"]
+    predicted = logits.argmax(axis=1)
+    plot_confusion(os.path.join(folder, "confusion.png"), predicted, labels, names)
+    (wrong,) = np.nonzero(predicted != labels)
+    if not len(wrong):
+        return
+    logits = logits[wrong]
+    lead = logits.max(axis=1) - logits[np.arange(len(wrong)), labels[wrong]]
+    worst = wrong[np.argsort(-lead, kind="stable")][:40]
+    titles = [f"{names[labels[i]]} \N{RIGHTWARDS ARROW} {names[predicted[i]]}" for i in worst]
+    title = f"{len(wrong):,} of {len(labels):,} test images taken for another class"
+    if len(wrong) > len(worst):
+        title += f"; the {len(worst)} furthest off"
+    path = os.path.join(folder, "mistakes.png")
+    plot_grid(path, as_pictures(data["x_test"][worst]), title, titles)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -685,7 +1267,7 @@ def hidden_layers(options: argparse.Namespace) -> dict[str, nn.Layer]:
         layers["drop0"] = nn.dropout(options.input_dropout)
     for index, units in enumerate(options.hidden, start=1):
         layers[f"hidden{index}"] = nn.linear(
-            units, INITIALISERS[options.init], bias=not options.batch_norm
+            units, initialiser(options), bias=not options.batch_norm
         )
         if options.batch_norm:
             layers[f"norm{index}"] = nn.batch_norm()
@@ -695,32 +1277,64 @@ def hidden_layers(options: argparse.Namespace) -> dict[str, nn.Layer]:
     return layers
 
 
-def build_mlp(options: argparse.Namespace, classes: int) -> nn.Layer:
-    """flatten, the hidden layers, and one linear layer with a unit for each class."""
-    out = nn.linear(classes, INITIALISERS[options.init])
+def build_mlp(options: argparse.Namespace, outputs: int) -> nn.Layer:
+    """flatten, the hidden layers, and one linear layer with a unit for each class or value."""
+    out = nn.linear(outputs, initialiser(options))
     return nn.sequential(flatten=nn.flatten(), **hidden_layers(options), out=out)
 
 
-def draw_mlp(folder: str, net: nn.Layer, params: nn.Tree, data: dict[str, np.ndarray]) -> None:
-    """weights.png: what each unit of the first layer looks for."""
-    shape = data["x_train"].shape[1:]
+def draw_mlp(folder: str, experiment: Experiment, params: nn.Tree) -> None:
+    """weights.png: what each unit of the first layer looks for; or, with --task sine, fit.png."""
+    if experiment.options.task == "sine":
+        return draw_fit(folder, experiment, params)
+    shape = experiment.data["x_train"].shape[1:]
     first = params["hidden1" if "hidden1" in params else "out"]["W"]
     units = as_pictures(first.T.reshape(-1, *shape))
     plot_grid(os.path.join(folder, "weights.png"), units, "weights of the first layer")
+    return draw_mistakes(folder, experiment, params)
+
+
+def draw_fit(folder: str, experiment: Experiment, params: nn.Tree) -> None:
+    """fit.png: the curve, what the network makes of it, and the difference."""
+    x, y = experiment.data["x_test"], experiment.data["y_test"]
+    output = predict(experiment.net, params, x)
+    figure, (above, below) = pyplot().subplots(
+        2, 1, figsize=(7, 6), height_ratios=(2, 1), sharex=True, layout="constrained"
+    )
+    above.plot(x, y, color="lightgray", linewidth=6, label="y = sin x")
+    above.plot(x, output, color="C3", linewidth=1.5, label="network")
+    above.set(ylabel="y")
+    above.legend()
+    below.plot(x, output - y, color="C3", linewidth=1)
+    below.axhline(0, color="gray", linewidth=0.5)
+    below.set(xlabel="x", ylabel="network - sin x")
+    below.ticklabel_format(axis="y", scilimits=(0, 0))
+    for panel in (above, below):
+        panel.grid(alpha=0.3)
+    above.set_title(f"mean absolute error {mean_error(output, y):.2g} at {len(x):,} points")
+    figure.savefig(os.path.join(folder, "fit.png"), dpi=120)
+    pyplot().close(figure)
 
 
 def command_line() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = new_parser(str(__doc__).split("\n\n")[0])
     add_network_options(parser, hidden=[512, 512])
+    parser.add_argument(
+        "--task",
+        choices=["classes", "sine"],
+        default="classes",
+        help="classify images; or fit y = sin x on (-pi/2, pi/2), with defaults of its own:"
+        " three hidden layers of 50 with gelu, mean squared error, no batch norm or dropout",
+    )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, train, report; gives the exit code."""
     parser = command_line()
-    options = parser.parse_args(arguments)
-    return guarded(parser.prog, partial(run, options, build_mlp, draw_mlp))
+    options, setting = parse(parser, arguments)
+    return guarded(parser.prog, partial(run, options, setting, build_mlp, draw_mlp))
 
 
 if __name__ == "__main__":

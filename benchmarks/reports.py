@@ -1,0 +1,376 @@
+"""The experiments of the five course reports behind this project, each one command of a script.
+
+    python benchmarks/reports.py --data data/mnist          # all, two at a time
+    python benchmarks/reports.py --data data/mnist 2 sine   # report 2, and one by its name
+    python benchmarks/reports.py --list
+
+What is done is not done again: stop it at any time and call it again. It ends with a table in
+Markdown of all that is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import pathlib
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+import common
+
+# What the reports' own networks lack, and the plain update rule.
+PLAIN = "--no-batch-norm --dropout 0 --label-smoothing 0"
+SGD = "--optimizer sgd --momentum 0 --schedule constant"
+MOMENTUM = "--optimizer sgd --momentum 0.9 --schedule constant"
+# Report 2: 5,000 training, 1,000 validation and 1,000 test images of 16 x 16.
+SMALL = "--size 16 --train-size 5000 --validation 1000 --test-size 1000"
+
+TITLES = {
+    1: "MLP and CNN on MNIST",
+    2: "16x16 digits: 5,000 training, 1,000 validation, 1,000 test images, made from MNIST",
+    3: "MLP 128-64-64-10 with sigmoid, pixels centred",
+    4: "Curve fitting, and an MLP's depth, width and options (theirs on characters, here MNIST)",
+    5: "CNN with average pooling",
+}
+
+
+class Experiment(NamedTuple):
+    """One row of the table."""
+
+    report: int
+    name: str
+    what: str
+    theirs: str  # as the report says it, "" where it gives no number
+    command: str  # {other} is the folder of another experiment
+    note: str = ""
+
+
+def _mlp(report: int, base: str, *rows: tuple[str, ...]) -> list[Experiment]:
+    """Experiments of train_mlp.py with options in common."""
+    return [
+        Experiment(report, name, what, theirs, f"train_mlp.py {base} {options}".strip(), *note)
+        for name, what, theirs, options, *note in rows
+    ]
+
+
+def _cnn(report: int, base: str, *rows: tuple[str, ...]) -> list[Experiment]:
+    mlp = _mlp(report, base, *rows)
+    return [row._replace(command=row.command.replace("_mlp", "_cnn", 1)) for row in mlp]
+
+
+# fmt: off
+DEPTHS, WIDTHS = (2, 4, 8, 16), (10, 20, 30, 50, 100)
+
+EXPERIMENTS = [
+    *_mlp(
+        1,
+        f"{PLAIN} {SGD} --lr 0.1 --batch-size 64 --epochs 5",
+        ("mlp-128", "128 hidden units", "0.9042", "--hidden 128"),
+        ("mlp-256", "256 hidden units", "0.9201", "--hidden 256"),
+        ("mlp-512", "512 hidden units", "0.9382", "--hidden 512"),
+        ("mlp-linear", "linear only", "", "--hidden"),
+        ("mlp-mean", "mean gradient, rate 0.01", "", "--hidden 128 --lr 0.01"),
+        ("mlp-sum", "summed gradient, rate 0.01", "", "--hidden 128 --lr 0.01 --reduction sum"),
+        ("mlp-l2", "L2 of 0.0001", "", "--hidden 128 --weight-decay 1e-4"),
+        ("mlp-drop-2", "dropout 0.2", "", "--hidden 128 --dropout 0.2"),
+        ("mlp-drop-5", "dropout 0.5", "", "--hidden 128 --dropout 0.5"),
+        ("mlp-sgd", "SGD, rate 0.02", "0.90", "--hidden 128 --lr 0.02"),
+        ("mlp-momentum", "momentum 0.9, rate 0.02", "0.87", "--hidden 128 --lr 0.02 --momentum 0.9"),
+        ("mlp-step", "StepLR: x 0.1 every 2 epochs", "", "--hidden 128 --schedule step --lr-epochs 2"),
+        ("mlp-exp-90", "ExpLR 0.9", "", "--hidden 128 --schedule exponential --lr-factor 0.9"),
+        ("mlp-exp-99", "ExpLR 0.99", "", "--hidden 128 --schedule exponential --lr-factor 0.99"),
+        ("mlp-multistep", "MultiStepLR: x 0.1 at epochs 3 and 4", "", "--hidden 128 --schedule multistep --lr-epochs 3 4"),
+        ("mlp-augment", "augmented images", "", "--hidden 128 --augment"),
+    ),
+    *_mlp(1, "", ("mlp-best", "best MLP: the script as it is", "0.92", "")),
+    *_cnn(
+        1,
+        f"{PLAIN} {SGD} --lr 0.05 --batch-size 64 --epochs 2 --train-size 50000",
+        ("cnn-6", "6 channels", "0.73", "--channels 6"),
+        ("cnn-8", "8 channels", "0.82", "--channels 8"),
+        ("cnn-12", "12 channels", "0.80", "--channels 12"),
+        ("cnn-hidden-256", "8 channels, 256 hidden units", "", "--channels 8 --hidden 256"),
+        ("cnn-pool-3", "8 channels, pool 3", "", "--channels 8 --pool 3"),
+        ("cnn-two", "two convolutions, 8 and 8", "", "--channels 8 8"),
+        ("cnn-one-linear", "8 channels, one linear layer", "", "--channels 8 --hidden"),
+        ("cnn-1-epoch", "8 channels, 1 epoch", "", "--channels 8 --epochs 1"),
+        ("cnn-300", "8 channels, 300 images", "", "--channels 8 --train-size 300 --epochs 50"),
+    ),
+    *_cnn(1, "", ("cnn-best", "best CNN: the script as it is", "0.82", "")),
+    *_mlp(
+        2,
+        f"{SMALL} --activation leaky-relu --no-batch-norm --dropout 0 {SGD} --lr 0.1 --batch-size 8 --epochs 20",
+        ("small-10", "hidden 10, MSE", "0.903", "--hidden 10 --loss mse"),
+        ("small-deep", "hidden 32-32-64-64-32-16, MSE", "0.95", "--hidden 32 32 64 64 32 16 --loss mse"),
+        ("small-momentum", "momentum 0.9", "", "--hidden 32 32 64 64 32 16 --loss mse --lr 0.02 --momentum 0.9"),
+        ("small-l2", "hidden 10, L2 of 0.0001", "0.91", "--hidden 10 --loss mse --weight-decay 1e-4"),
+        ("small-ce", "hidden 10, cross entropy", "0.931", "--hidden 10 --label-smoothing 0 --lr 0.02"),
+        ("small-drop", "hidden 64, cross entropy, dropout 0.2", "0.937", "--hidden 64 --label-smoothing 0 --lr 0.02 --dropout 0.2"),
+        ("small-soft", "hidden 64, soft labels (smoothing 0.1)", "", "--hidden 64 --lr 0.02 --label-smoothing 0.1"),
+        ("small-tuned", "only the last layer tuned, from the deep network", "", "--hidden 32 32 64 64 32 16 --label-smoothing 0 --lr 0.02 --epochs 5 --init-from {small-deep}/model.npz --train-only out"),
+        ("small-stretched", "hidden 64, stretched images", "", "--hidden 64 --label-smoothing 0 --lr 0.02 --augment stretch=0.2"),
+        ("small-shifted", "hidden 64, shifted images", "", "--hidden 64 --label-smoothing 0 --lr 0.02 --augment shift=1"),
+        ("small-rotated", "hidden 64, rotated images", "", "--hidden 64 --label-smoothing 0 --lr 0.02 --augment rotation=10"),
+    ),
+    *_cnn(
+        2,
+        f"{SMALL} --channels 32 --kernel 5 --pool 3 --activation leaky-relu {PLAIN} --hidden 64 --batch-size 8",
+        ("small-conv", "convolution of 32 channels, kernel 5, pool 3", "0.979", f"{SGD} --lr 0.02 --epochs 20"),
+        ("small-best", "the same: He, momentum 0.9, rate x 0.9 every 5,000 batches, shifted and rotated images", "0.981", f"{MOMENTUM} --lr 0.01 --schedule step --lr-factor 0.9 --lr-epochs 8 --epochs 60 --augment shift=1 rotation=10 scale=0.1"),
+    ),
+    *_mlp(
+        3,
+        f"--hidden 128 64 64 --activation sigmoid --batch-size 16 --lr 0.02 --reduction sum --epochs 10 --center {PLAIN} {SGD}",
+        ("sigmoid-zero", "zero initialisation", "chance", "--init zeros", "nothing but the last bias can learn: chance here as well"),
+        ("sigmoid-normal", "normal 0.02 initialisation", "0.950", "--init normal --init-std 0.02"),
+        ("sigmoid-xavier", "Xavier initialisation, constant rate", "0.969", "--init xavier-uniform"),
+        ("sigmoid-step", "normal 0.02, step", "0.955", "--init normal --schedule step --lr-factor 0.5 --lr-epochs 3"),
+        ("sigmoid-cosine", "normal 0.02, cosine", "0.955", "--init normal --schedule cosine"),
+        ("sigmoid-cycle", "normal 0.02, cycle", "0.937", "--init normal --schedule cyclic"),
+        ("sigmoid-drop", "Xavier, dropout 0.2", "0.949", "--init xavier-uniform --dropout 0.2"),
+        ("sigmoid-l2-5", "Xavier, L2 of 1e-5", "0.964", "--init xavier-uniform --weight-decay 1e-5"),
+        ("sigmoid-l2-7", "Xavier, L2 of 1e-7", "0.966", "--init xavier-uniform --weight-decay 1e-7"),
+        ("sigmoid-best", "best: Xavier, momentum 0.9, one cycle, 20 epochs", "0.976", "--init xavier-uniform --reduction mean --lr 0.1 --momentum 0.9 --schedule one-cycle --epochs 20"),
+    ),
+    *_mlp(
+        4, "", ("sine", "y = sin x, 3 layers of 50: mean absolute error", "0.00019", "--task sine")
+    ),
+    *_mlp(
+        4,
+        f"{PLAIN} {MOMENTUM} --lr 0.02 --batch-size 64 --epochs 5",
+        *(
+            (
+                f"grid-{depth}-{width}",
+                f"{depth} hidden layers of {width}",
+                "",
+                f"--hidden {' '.join([str(width)] * depth)}",
+            )
+            for depth in DEPTHS
+            for width in WIDTHS
+        ),
+        *(
+            (f"rate-{lr}", f"rate {lr}", "", f"--hidden 50 50 --lr {lr}")
+            for lr in ("0.001", "0.003", "0.01", "0.03", "0.1", "0.3")
+        ),
+        *(
+            (f"l2-{decay}", f"L2 of {decay}", "", f"--hidden 50 50 --weight-decay {decay}")
+            for decay in ("0", "0.0001", "0.001", "0.01", "0.1")
+        ),
+        *(
+            (f"batch-{size}", f"batch {size}", "", f"--hidden 50 50 --batch-size {size}")
+            for size in (16, 32, 64, 128, 256)
+        ),
+        ("sigmoid", "sigmoid", "0.866", "--hidden 50 50 --activation sigmoid --init xavier-uniform"),
+        ("relu", "ReLU", "0.910", "--hidden 50 50 --activation relu"),
+        ("tanh", "tanh", "0.884", "--hidden 50 50 --activation tanh --init xavier-uniform"),
+        ("deep-plain", "16 layers of 50", "0.284", f"--hidden {' '.join(['50'] * 16)}"),
+        ("deep-norm", "16 layers of 50, batch norm", "0.906", f"--hidden {' '.join(['50'] * 16)} --batch-norm"),
+        ("moved", "shift and small rotation", "", "--hidden 50 50 --augment shift=2 rotation=5"),
+    ),
+    *_cnn(
+        5,
+        f"--channels 4 4 --kernel 3 --pooling average --hidden {PLAIN} --batch-size 100 --optimizer sgd --momentum 0.9 --lr 0.01 --schedule plateau --epochs 40",
+        ("average-4", "4 and 4 channels, initialised with std 0.01", "0.985", "--init normal --init-std 0.01"),
+        ("average-1", "the same with std 1", "", "--init normal --init-std 1"),
+        ("average-16", "16 and 16 channels", "0.990", "--channels 16 16 --init normal --init-std 0.01"),
+        ("kernel-5", "kernel 5", "", "--init normal --init-std 0.01 --kernel 5"),
+        ("kernel-7", "kernel 7", "", "--init normal --init-std 0.01 --kernel 7"),
+        ("euclidean", "Euclidean loss", "", "--init normal --init-std 0.01 --loss mse --lr 0.05"),
+        ("late-momentum", "momentum 0.5 in the last quarter", "", "--init normal --init-std 0.01 --final-momentum 0.5"),
+    ),
+    *_mlp(
+        5,
+        f"--hidden 100 50 {PLAIN} --batch-size 100 --optimizer sgd --momentum 0.9 --lr 0.01 --schedule plateau --epochs 10",
+        ("parameters", "MLP 100-50 beside it", "", ""),
+    ),
+]
+# fmt: on
+
+
+def needed_by(experiment: Experiment) -> str | None:
+    """The name of the experiment whose model this one starts from."""
+    needed = re.search(r"{([\w-]+)}", experiment.command)
+    return needed[1] if needed else None
+
+
+def select(words: list[str]) -> list[Experiment]:
+    """The experiments of reports by number or by name, and those that they start from."""
+    unknown = set(words) - {str(report) for report in TITLES} - {e.name for e in EXPERIMENTS}
+    if unknown:
+        raise SystemExit(f"there is no {', '.join(sorted(unknown))}; --list shows what there is")
+    chosen = [e for e in EXPERIMENTS if not words or {str(e.report), e.name} & set(words)]
+    needed = {needed_by(experiment) for experiment in chosen}
+    return [e for e in EXPERIMENTS if e in chosen or e.name in needed]
+
+
+def result_of(experiment: Experiment, options: argparse.Namespace) -> dict[str, Any]:
+    """What an experiment gave, if it is there already and of this command; else nothing."""
+    path = options.out / experiment.name / "result.json"
+    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return result if result.get("command") == experiment.command else {}
+
+
+def run(
+    experiment: Experiment, options: argparse.Namespace, needed: concurrent.futures.Future | None
+) -> str:
+    """Run one experiment in a process of its own, and say in a few words what it gave."""
+    if needed:
+        needed.result()
+    folder = options.out / experiment.name
+    folder.mkdir(parents=True, exist_ok=True)
+    command = re.sub(r"{([\w-]+)}", rf"{options.out}/\1", experiment.command)
+    script, *arguments = shlex.split(command)
+    if experiment.name != "sine":
+        arguments += ["--data", options.data]
+    plot = ["--plot"] if options.plot else []
+    done = subprocess.run(
+        [sys.executable, common.REPOSITORY / script, *arguments, "--out", folder, *plot],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    )
+    (folder / "log.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
+    if done.returncode:
+        return f"FAILED: {done.stderr.strip()}"
+    found = re.search(
+        r"(?P<images>[\d,]+) training.*; (?P<parameters>[\d,]+) parameters.*"
+        r"test_(accuracy|error)=(?P<measured>\S+) .* seconds=(?P<seconds>\S+)",
+        done.stdout,
+        re.DOTALL,
+    )
+    assert found
+    speeds = [int(speed.replace(",", "")) for speed in re.findall(r"(\S+) samples/s", done.stdout)]
+    result = {
+        "command": experiment.command,
+        "measured": found["measured"],
+        "seconds": float(found["seconds"]),
+        "epoch_seconds": int(found["images"].replace(",", "")) / statistics.median(speeds),
+        "parameters": found["parameters"],
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return f"{result['measured']} in {result['seconds']:.0f} s"
+
+
+def run_all(experiments: list[Experiment], options: argparse.Namespace) -> None:
+    """Run those that are missing, several at a time, and say how far it is."""
+    missing = [experiment for experiment in experiments if not result_of(experiment, options)]
+    print(f"{len(experiments) - len(missing)} of {len(experiments)} are there already", flush=True)
+    started = time.monotonic()
+    futures: dict[str, concurrent.futures.Future] = {}
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        try:
+            for experiment in missing:  # what is needed stands before, so it is begun before
+                needed = futures.get(needed_by(experiment) or "")
+                futures[experiment.name] = pool.submit(run, experiment, options, needed)
+            names = {future: name for name, future in futures.items()}
+            for number, future in enumerate(concurrent.futures.as_completed(names), start=1):
+                left = (time.monotonic() - started) / number * (len(missing) - number) / 60
+                print(
+                    f"[{number}/{len(missing)}] {names[future]}: {future.result()};"
+                    f" about {left:.0f} min left",
+                    flush=True,
+                )
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise SystemExit("interrupted; the same command goes on from here") from None
+
+
+def row_of(experiment: Experiment, options: argparse.Namespace, short: bool) -> list[str]:
+    """One line of a table."""
+    result = result_of(experiment, options)
+    row = [experiment.what, experiment.theirs, result["measured"]]
+    if short:
+        return row
+    row += [f"{result['seconds']:.0f} s", f"{result['epoch_seconds']:.2f} s", result["parameters"]]
+    return [*row, experiment.note, f"`{experiment.command}`"]
+
+
+def grid(options: argparse.Namespace) -> str:
+    """The table of depth against width of report 4."""
+    results = {e.name: result_of(e, options).get("measured", "") for e in EXPERIMENTS}
+    rows = [
+        [f"{depth} layers", *(results[f"grid-{depth}-{width}"] for width in WIDTHS)]
+        for depth in DEPTHS
+    ]
+    return common.table(["accuracy", *(f"{width} units" for width in WIDTHS)], rows)
+
+
+def tables(options: argparse.Namespace, short: bool) -> str:
+    """All that is there, in Markdown; the short one holds what the reports give numbers for."""
+    head = ["experiment", "theirs", "purenn"]
+    head += [] if short else ["time", "an epoch", "parameters", "remark", "command"]
+    parts = []
+    for report, title in TITLES.items():
+        there = [e for e in EXPERIMENTS if e.report == report and result_of(e, options)]
+        listed = [e for e in there if not e.name.startswith("grid-") and (e.theirs or not short)]
+        if listed:
+            rows = [row_of(experiment, options, short) for experiment in listed]
+            parts.append(f"**Report {report}: {title}**\n\n{common.table(head, rows)}")
+        if any(e.name.startswith("grid-") for e in there) and not short:
+            parts.append(f"Depth and width (theirs 0.81 to 0.968):\n\n{grid(options)}")
+    return "\n\n".join(parts)
+
+
+def below(options: argparse.Namespace) -> list[str]:
+    """The experiments that are worse than the report's, and no remark says why."""
+    names = []
+    for experiment in EXPERIMENTS:
+        result = result_of(experiment, options)
+        if result and re.fullmatch(r"[\d.]+", experiment.theirs) and not experiment.note:
+            ahead = float(result["measured"]) - float(experiment.theirs)
+            if (ahead if experiment.name != "sine" else -ahead) < 0:
+                names.append(experiment.name)
+    return names
+
+
+def main() -> int:
+    """Run what is missing, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="*", help="numbers of reports, names of experiments; or all")
+    parser.add_argument("--data", default="data/mnist", help="folder of MNIST")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/reports"),
+        help="a folder each for models, curves, logs",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count(),
+        help="how many at a time, each with one BLAS thread (default: one a core)",
+    )
+    parser.add_argument("--plot", action="store_true", help="draw the pictures of each run as well")
+    parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    parser.add_argument("--short", action="store_true", help="print the table of the README alone")
+    options = parser.parse_args()
+    experiments = select(options.what)
+    if options.list:
+        for experiment in experiments:
+            print(f"{experiment.name:18} python {experiment.command}")
+        return 0
+    if not options.short:
+        neighbours = common.Neighbours()
+        run_all(experiments, options)
+        print(f"\n{common.header()}; {options.jobs} runs at a time, one BLAS thread each.")
+        print(neighbours.report() + "\n")
+    print(tables(options, options.short))
+    missing = [experiment.name for experiment in experiments if not result_of(experiment, options)]
+    if missing:
+        print(f"\nMissing: {', '.join(missing)} (log.txt in the folder of each says why)")
+    if below(options):
+        print(f"\nBelow the report's number: {', '.join(below(options))}")
+    return 1 if missing or below(options) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
