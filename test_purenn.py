@@ -3,6 +3,7 @@
 HYPOTHESIS_PROFILE=wide looks further than the quick default, which draws the same cases each time.
 """
 
+import argparse
 import ast
 import contextlib
 import csv
@@ -13,6 +14,7 @@ import hashlib
 import http.server
 import io
 import itertools
+import json
 import math
 import os
 import pathlib
@@ -4589,6 +4591,12 @@ def blob_file(tmp_path_factory):
     return str(path)
 
 
+def mlp_experiment(*arguments):
+    """What train_mlp.py makes of a command line before it trains."""
+    parsed = train_mlp.parse(train_mlp.command_line(), arguments)
+    return train_mlp.set_up(*parsed, train_mlp.build_mlp)[0]
+
+
 def train_on(blob_file, *arguments):
     quick = ["--data", blob_file, "--epochs", "2", "--hidden", "8", "--batch-size", "16"]
     return train_mlp.main([*quick, *arguments])
@@ -4638,17 +4646,12 @@ def test_script_keeps_the_best_epoch_and_all_metrics(blob_file, tmp_path, capsys
     assert [int(row["step"]) for row in rows] == [12, 24, 36, 48, 60, 72]
     assert list(rows[0])[2:] == ["loss", "accuracy", "validation_loss", "validation_accuracy"]
 
-    parser = train_mlp.command_line()
-    net = train_mlp.build_mlp(parser.parse_args(["--hidden", "8"]), 4)
-    params, data = nn.load(out / "model.npz"), nn.read_dataset(blob_file)
-    loss = train_mlp.choose_loss(parser.parse_args([]), 4)
-    loss, accuracy = train_mlp.evaluate(net, params, loss, data["x_test"], data["y_test"])
+    experiment = mlp_experiment("--data", blob_file, "--hidden", "8")
+    params = nn.load(out / "model.npz")
+    loss, accuracy = train_mlp.validate(experiment, params, "test")
     assert (f"{accuracy:.4f}", f"{loss:.4f}") == last.groups()
-
-    held_out, size = train_mlp.split_off(data, None, 0)
-    assert size == 20
-    images, labels = held_out["x_validation"], held_out["y_validation"]
-    _, accuracy = train_mlp.evaluate(net, params, nn.softmax_cross_entropy, images, labels)
+    assert len(experiment.data["x_validation"]) == 20
+    _, accuracy = train_mlp.validate(experiment, params, "validation")
     assert accuracy == max(float(row["validation_accuracy"]) for row in rows)
 
 
@@ -4660,18 +4663,76 @@ def test_script_without_validation_keeps_the_last_epoch(blob_file, tmp_path, cap
     assert header == "epoch,step,loss,accuracy"
 
 
+def numbered(count=50):
+    """Images that show their own numbers, which are their classes as well."""
+    images = np.arange(count, dtype=np.float32).reshape(count, 1, 1, 1)
+    return {"x_train": images, "y_train": np.arange(count)}
+
+
 def test_split_off_parts_the_images_without_losing_one():
-    images = np.arange(50, dtype=np.float32).reshape(50, 1, 1, 1)
-    data = {"x_train": images, "y_train": np.arange(50)}
-    parts, size = train_mlp.split_off(data, 12, seed=5)
-    assert size == len(parts["x_validation"]) == 12
+    parts = train_mlp.split_off(numbered(), 12, seed=5)
+    assert len(parts["x_validation"]) == 12
     together = np.concatenate([parts["y_train"], parts["y_validation"]])
     assert sorted(together) == list(range(50))
     for part in ("train", "validation"):
         np.testing.assert_array_equal(parts[f"x_{part}"].ravel(), parts[f"y_{part}"])
-    again, _ = train_mlp.split_off(data, 12, seed=6)
+    again = train_mlp.split_off(numbered(), 12, seed=6)
     assert not np.array_equal(again["y_validation"], parts["y_validation"])
-    assert train_mlp.split_off(data, None, 0)[1] == 5
+    assert len(train_mlp.split_off(numbered(), None, 0)["y_validation"]) == 5
+
+
+def test_train_size_takes_some_of_the_images_that_are_not_held_out():
+    parts = train_mlp.split_off(numbered(), 12, 5, train_size=30)
+    whole = train_mlp.split_off(numbered(), 12, 5)
+    np.testing.assert_array_equal(parts["y_validation"], whole["y_validation"])
+    assert len(set(parts["y_train"])) == 30
+    assert set(parts["y_train"]) < set(whole["y_train"])
+    np.testing.assert_array_equal(parts["x_train"].ravel(), parts["y_train"])
+    assert len(train_mlp.split_off(numbered(), 12, 5, train_size=38)["y_train"]) == 38
+    with pytest.raises(ValueError, match="--train-size 39 is too many: .* 50 images, 12 of them"):
+        train_mlp.split_off(numbered(), 12, 5, train_size=39)
+
+
+def test_test_size_takes_some_test_images_or_where_there_are_none_training_images():
+    data = numbered()
+    both = {**data, "x_test": data["x_train"] + 100, "y_test": data["y_train"] + 100}
+    assert train_mlp.choose_test(both, None) is both
+    some = train_mlp.choose_test(both, 20)
+    assert len(set(some["y_test"])) == 20
+    np.testing.assert_array_equal(some["x_test"].ravel(), some["y_test"])
+    assert some["x_train"] is both["x_train"]
+    assert len(train_mlp.choose_test(both, 50)["y_test"]) == 50
+    for size, expected in ((None, 10), (7, 7), (49, 49)):
+        parts = train_mlp.choose_test(data, size)
+        assert len(parts["y_test"]) == expected
+        assert sorted([*parts["y_test"], *parts["y_train"]]) == list(range(50))
+        np.testing.assert_array_equal(parts["x_train"].ravel(), parts["y_train"])
+    for given_data, size in ((both, 51), (data, 50)):
+        with pytest.raises(ValueError, match=f"--test-size {size} is too many of 50 te?"):
+            train_mlp.choose_test(given_data, size)
+
+
+def test_sizes_and_center_of_the_images(blob_file):
+    sizes = ["--train-size", "100", "--validation", "30", "--test-size", "20"]
+    plain = mlp_experiment("--data", blob_file, *sizes).data
+    small = mlp_experiment("--data", blob_file, *sizes, "--size", "4", "--center").data
+    for part, count in (("train", 100), ("validation", 30), ("test", 20)):
+        assert plain[f"x_{part}"].shape == (count, 3, 9, 6)
+        np.testing.assert_array_equal(plain[f"y_{part}"], small[f"y_{part}"])
+        expected = nn.resize(plain[f"x_{part}"], 4) - np.float32(0.5)
+        np.testing.assert_array_equal(small[f"x_{part}"], expected)
+    other = mlp_experiment("--data", blob_file, *sizes, "--seed", "1").data
+    np.testing.assert_array_equal(other["x_test"], plain["x_test"])
+    assert not np.array_equal(other["x_train"], plain["x_train"])
+
+
+def test_augmented_pixels_that_come_in_are_black_with_center_too():
+    parse = train_mlp.command_line().parse_args
+    options = ["--augment", "shift=3", "rotation=30"]
+    plain = train_mlp.choose_augmentation(parse(options))
+    centred = train_mlp.choose_augmentation(parse([*options, "--center"]))
+    images = np.random.default_rng(0).random((4, 1, 8, 8)).astype(np.float32)
+    np.testing.assert_allclose(centred(5, images - 0.5), plain(5, images) - 0.5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", train_mlp.ACTIVATIONS)
@@ -4684,7 +4745,7 @@ def test_script_takes_every_init(name, blob_file):
     assert train_on(blob_file, "--init", name, "--epochs", "1", "--no-batch-norm") == 0
 
 
-@pytest.mark.parametrize("name", [*train_mlp.LOSSES, *train_mlp.ROW_LOSSES])
+@pytest.mark.parametrize("name", ["cross-entropy", "hinge", *train_mlp.ROW_LOSSES])
 def test_script_learns_with_every_loss(name, blob_file, capsys):
     options = ["--loss", name, "--epochs", "40", "--lr", "0.02", "--dropout", "0"]
     options += ["--validation", "0"]
@@ -4709,9 +4770,20 @@ def test_script_takes_every_schedule(name, blob_file):
 
 
 def test_schedules_of_the_script_end_where_its_help_says():
-    def schedule(name):
-        return train_mlp.choose_schedule(name, 0.5, 10, 100)
+    def schedule(name, *arguments):
+        options = train_mlp.command_line().parse_args(
+            ["--schedule", name, "--epochs", "10", *arguments]
+        )
+        return train_mlp.choose_schedule(options, 0.5, 100)
 
+    step = schedule("step", "--lr-factor", "0.5", "--lr-epochs", "1.5")
+    assert [step(at) for at in (149, 150, 300, 999)] == [0.5, 0.25, 0.125, 0.5**7]
+    multistep = schedule("multistep", "--lr-epochs", "2", "8")
+    assert [round(multistep(at), 9) for at in (199, 200, 800)] == [0.5, 0.05, 0.005]
+    exponential = schedule("exponential", "--lr-factor", "0.9")
+    assert exponential(300) == pytest.approx(0.5 * 0.9**3)
+    cyclic = schedule("cyclic", "--lr-epochs", "0.5")
+    assert [cyclic(at) for at in (0, 50, 100)] == [0.05, 0.5, 0.05]
     assert schedule("constant") == schedule("plateau") == 0.5
     assert [round(schedule("step")(step), 9) for step in (0, 332, 333, 666)] == [
         0.5, 0.5, 0.05, 0.005,
@@ -4727,14 +4799,21 @@ def test_schedules_of_the_script_end_where_its_help_says():
 def test_plateau_of_the_script_halves_the_rate(blob_file, monkeypatch):
     original, scales = nn.reduce_on_plateau, []
 
-    def settled(state, loss, patience):
-        state = original(state, 1.0, patience=patience)
+    def settled(state, loss, factor, patience):
+        state = original(state, 1.0, factor, patience)
         scales.append(float(state["scale"]))
         return state
 
     monkeypatch.setattr(nn, "reduce_on_plateau", settled)
-    assert train_on(blob_file, "--schedule", "plateau", "--epochs", "5") == 0
+    plateau = ["--schedule", "plateau", "--epochs", "5"]  # of 12 steps each
+    assert train_on(blob_file, *plateau) == 0
     assert scales == [1, 1, 1, 0.5, 0.5]
+    del scales[:]
+    assert train_on(blob_file, *plateau, "--lr-factor", "0.1", "--lr-epochs", "1") == 0
+    np.testing.assert_allclose(scales, [1, 1, 0.1, 0.1, 0.01])
+    del scales[:]
+    assert train_on(blob_file, *plateau, "--lr-epochs", "1", "--report-every", "4") == 0
+    assert scales == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.125, 0.125, 0.125]
 
 
 MISTAKES = {
@@ -4746,11 +4825,42 @@ MISTAKES = {
         ["--loss", "mse", "--label-smoothing", "0.1"],
         "--label-smoothing goes with --loss cross-entropy, not mse",
     ),
-    "momentum of adam": (["--momentum", "0.9"], "--momentum goes with sgd or rmsprop, not adam"),
+    "momentum of adam": (
+        ["--momentum", "0.9"],
+        "--momentum goes with --optimizer sgd or rmsprop, not adam",
+    ),
     "a scale that makes no sense": (
         ["--augment", "scale=2"],
         "augment: scale must be >= 0 and < 1",
     ),
+    "a rate factor of no schedule": (
+        ["--lr-factor", "0.5"],
+        "--lr-factor goes with --schedule step or multistep or exponential or plateau",
+    ),
+    "epochs of a schedule without": (
+        ["--schedule", "cosine", "--lr-epochs", "2"],
+        "--lr-epochs goes with --schedule step or multistep or cyclic or plateau, not cosine",
+    ),
+    "two numbers where one belongs": (
+        ["--schedule", "step", "--lr-epochs", "2", "3"],
+        "--schedule step takes one number of --lr-epochs",
+    ),
+    "a final momentum of adam": (["--final-momentum", "0"], "--final-momentum goes with"),
+    "a final momentum that is higher": (
+        ["--optimizer", "sgd", "--final-momentum", "0.95"],
+        "--final-momentum 0.95 is above the momentum of 0.9",
+    ),
+    "a deviation of he": (["--init-std", "1"], "--init-std goes with --init normal, not he-normal"),
+    "images of a curve": (["--task", "sine"], "--data goes with --task classes, not sine"),
+    "too many training images": (["--train-size", "181"], "--train-size 181 is too many"),
+    "a layer that is not there": (
+        ["--train-only", "act1"],
+        "--train-only: no layer act1 has parameters, but hidden1, norm1, out",
+    ),
+    "a model that is not there": (["--init-from", "nowhere.npz"], "nowhere.npz"),
+    "a model that is damaged": (["--init-from", "damaged.npz"], "damaged.npz: cannot be read"),
+    "runs that are not there": (["--compare", "nowhere"], "nowhere"),
+    "a run that is none": (["--compare", "empty"], "empty"),
     "plateau of nothing": (
         ["--schedule", "plateau", "--validation", "0"],
         "--schedule plateau needs validation images",
@@ -4782,8 +4892,18 @@ def test_script_answers_a_mistake_with_one_line_and_exit_2(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--epochs", "0"],
+        ["--epochs", "-1"],
         ["--epochs", "x"],
+        ["--train-size", "0"],
+        ["--test-size", "0"],
+        ["--size", "0"],
+        ["--report-every", "0"],
+        ["--lr-factor", "1"],
+        ["--lr-epochs", "0"],
+        ["--init-std", "-1"],
+        ["--final-momentum", "1"],
+        ["--reduction", "max"],
+        ["--task", "cosine"],
         ["--batch-size", "-1"],
         ["--seed", "-1"],
         ["--lr", "nan"],
@@ -4816,7 +4936,7 @@ def test_script_on_a_full_disk_says_so_and_leaves_no_half_written_model(
     monkeypatch.setattr(os, "fsync", full)
     assert train_on(blob_file, "--out", str(tmp_path / "out")) == 2
     assert "No space left on device" in capsys.readouterr().err
-    assert os.listdir(tmp_path / "out") == []
+    assert os.listdir(tmp_path / "out") == ["options.json"]
 
 
 def test_script_interrupted_exits_with_130(blob_file, monkeypatch, capsys):
@@ -4927,7 +5047,7 @@ def test_script_downloads_mnist_where_it_is_missing(blob_file, tmp_path, monkeyp
 def test_plot_without_matplotlib_says_what_to_install(blob_file, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert train_on(blob_file, "--plot") == 2
-    assert "--plot needs matplotlib: pip install matplotlib" in capsys.readouterr().err
+    assert "pictures need matplotlib: pip install matplotlib" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("hidden", [["8"], []])
@@ -4940,10 +5060,423 @@ def test_plot_draws_curves_and_weights(hidden, blob_file, tmp_path, monkeypatch)
         (["--plot", "--validation", "0"], "plots"),
     ):
         assert train_on(blob_file, *options, "--hidden", *hidden) == 0
-        for name in ("curves.png", "weights.png", "confusion.png"):
+        for name in ("curves.png", "weights.png", "confusion.png", "mistakes.png"):
             picture = (tmp_path / folder / name).read_bytes()
             assert picture.startswith(b"\x89PNG")
             assert len(picture) > 3_000
+
+
+# --- the experiments of the reports ---
+
+
+def test_summary_counts_the_parameters_of_the_fifth_report(tmp_path, monkeypatch, capsys):
+    digits = train_mlp.drawn_digits(train=60, test=20)
+    monkeypatch.setattr(train_mlp, "drawn_digits", lambda: digits)
+    plain = ["--data", "builtin", "--epochs", "0", "--summary", "--no-batch-norm", "--dropout", "0"]
+    network = ["--channels", "4", "4", "--kernel", "3", "--pooling", "average", "--hidden"]
+    assert train_cnn.main([*plain, *network]) == 0
+    table, rest = capsys.readouterr().out.split("total")
+    assert table.splitlines() == [
+        "layer     kind        output   parameters",
+        "input                 1x28x28",
+        "conv1     conv2d      4x28x28          40",
+        "convact1  relu        4x28x28           0",
+        "pool1     avg_pool2d  4x14x14           0",
+        "conv2     conv2d      4x14x14         148",
+        "convact2  relu        4x14x14           0",
+        "pool2     avg_pool2d  4x7x7             0",
+        "flatten   flatten     196               0",
+        "out       linear      10            1,970",
+    ]
+    assert rest.split()[0] == "2,158"
+    assert train_mlp.main([*plain, "--hidden", "100", "50"]) == 0
+    assert re.search(r"^total +84,060$", capsys.readouterr().out, re.MULTILINE)
+    assert train_mlp.main([*plain, "--hidden", "100", "50", "--train-only", "out"]) == 0
+    assert re.search(r"^total +510$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_summed_gradient_is_the_mean_times_the_batch(blob_file):
+    options = ["--data", blob_file, "--hidden", "8", "--optimizer", "sgd", "--momentum", "0"]
+    moves = []
+    for reduction in ("mean", "sum"):
+        experiment = mlp_experiment(*options, "--dropout", "0", "--reduction", reduction)
+        params = train_mlp.first_params(experiment)
+        optimizer = nn.sgd(0.01)
+        moved, _, measured = train_mlp.take_step(
+            experiment, optimizer, params, optimizer.init(params), 0, np.arange(16)
+        )
+        moves.append(moved["hidden1"]["W"].astype(np.float64) - params["hidden1"]["W"])
+        assert measured[0] < 3
+    np.testing.assert_allclose(moves[1], 16 * moves[0], atol=1e-6)
+    assert np.abs(moves[1]).max() > 1e-3
+
+
+def test_momentum_is_dropped_in_the_last_quarter():
+    for momentum, final in (("0.8", "0.2"), ("0.8", "0")):
+        options = ["--optimizer", "sgd", "--momentum", momentum, "--final-momentum", final]
+        options = train_mlp.command_line().parse_args([*options, "--epochs", "8"])
+        params = {"w": np.zeros(1)}
+        optimizer = train_mlp.choose_optimizer(options, 10)
+        state = optimizer.init(params)
+        for step in range(80):
+            before = state["velocity"]["w"]
+            params, state = optimizer.step(params, {"w": np.ones(1)}, state)
+            used = float(momentum if step < 60 else final)
+            np.testing.assert_allclose(state["velocity"]["w"], used * before + 1)
+
+
+def test_a_model_is_where_another_training_begins(blob_file, tmp_path, capsys):
+    out = str(tmp_path / "first")
+    assert train_on(blob_file, "--epochs", "12", "--out", out) == 0
+    last = capsys.readouterr().out.splitlines()[-1].split(" seconds")[0]
+    model = os.path.join(out, "model.npz")
+    assert train_on(blob_file, "--epochs", "0", "--init-from", model) == 0
+    assert last in capsys.readouterr().out
+
+
+def test_train_only_leaves_the_other_layers_as_they_are(blob_file, tmp_path):
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    options = ["--hidden", "8", "6", "--validation", "0"]
+    assert train_on(blob_file, *options, "--out", first) == 0
+    model = os.path.join(first, "model.npz")
+    tuned = ["--init-from", model, "--train-only", "norm2", "out", "--out", second]
+    assert train_on(blob_file, *options, *tuned) == 0
+    before, after = nn.load(model), nn.load(os.path.join(second, "model.npz"))
+    assert before.keys() == after.keys()
+    for name in before:
+        same = all_bytes(before[name]) == all_bytes(after[name])
+        assert same == (name not in ("norm2", "out"))
+    assert not np.array_equal(before["norm2"]["mean"], after["norm2"]["mean"])
+
+
+def test_frozen_layers_are_as_at_inference_and_the_others_in_training(blob_file):
+    experiment = mlp_experiment("--data", blob_file, "--train-only", "norm1", "out")
+    params = train_mlp.first_params(experiment)
+    x = experiment.data["x_train"][:8]
+    mode = train_mlp.in_training(params, 3, ["norm1", "out"])
+    _, cache = experiment.net.forward(mode, x)
+    assert "statistics" in cache["norm1"]
+    assert all_bytes(nn.update_statistics(params, cache)["norm2"]) == all_bytes(params["norm2"])
+    assert {name for name in mode if "key" in mode[name]} == {"norm1", "out"}
+    assert len({tuple(mode[name]["key"]) for name in ("norm1", "out")}) == 2
+    assert "key" in train_mlp.in_training(params, 3, None)
+
+
+def test_init_from_says_what_does_not_fit(blob_file, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert train_on(blob_file, "--hidden", "8", "6", "--out", out) == 0
+    model = os.path.join(out, "model.npz")
+    for options, words in (
+        (["--hidden", "8"], "this network has no layer hidden2 or norm2"),
+        (["--hidden", "8", "6", "4"], "hidden3 has nothing, but this network needs"),
+        (
+            ["--hidden", "8", "5"],
+            "hidden2/W': (8, 6)}, but this network needs {'hidden2/W': (8, 5)",
+        ),
+        (["--hidden", "8", "6", "--no-batch-norm"], "this network has no layer norm1 or norm2"),
+    ):
+        assert train_on(blob_file, *options, "--init-from", model) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_last_layer_that_does_not_fit_begins_anew_where_it_is_trained(blob_file, tmp_path):
+    out = str(tmp_path / "out")
+    assert train_on(blob_file, "--out", out) == 0
+    model = os.path.join(out, "model.npz")
+    own = mlp_experiment("--data", blob_file, "--hidden", "8")
+    other = train_mlp.Experiment(*own[:4], train_mlp.build_mlp(own.options, 7))
+    params = train_mlp.first_params(other)
+    started = train_mlp.start_from(model, params, ["out"])
+    assert started["out"] is params["out"]
+    assert all_bytes(started["hidden1"]) == all_bytes(nn.load(model)["hidden1"])
+    with pytest.raises(ValueError, match=r"out has .*\(8, 4\).* but this network needs .*\(8, 7\)"):
+        train_mlp.start_from(model, params, ["norm1"])
+
+
+def test_reports_come_as_often_as_asked_and_at_the_end(blob_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train_on(blob_file, "--report-every", "10", "--out", str(out)) == 0
+    with open(out / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "10"), ("2", "20"), ("2", "24")]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:-1]] == ["epoch 1/2", "epoch 2/2", "epoch 2/2"]
+
+
+def test_a_report_is_of_the_steps_since_the_last_one(blob_file, tmp_path, monkeypatch):
+    values = iter(range(100))
+    original = train_mlp.take_step
+
+    def step(*arguments):
+        value = next(values)
+        return *original(*arguments)[:2], np.array([value, value / 100])
+
+    monkeypatch.setattr(train_mlp, "take_step", step)
+    out, options = tmp_path / "out", ["--report-every", "2", "--validation", "100"]
+    assert train_on(blob_file, *options, "--epochs", "1", "--out", str(out)) == 0
+    with open(out / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    means = [0.5, 2.5, 4.5, (6 * 4) / 4]  # the seventh batch has the 4 images that are left
+    np.testing.assert_allclose([float(row["loss"]) for row in rows], means)
+    np.testing.assert_allclose([float(row["accuracy"]) for row in rows], np.array(means) / 100)
+
+
+def test_count_steps_and_step_images_agree():
+    for count in range(1, 9):
+        for size in range(1, 10):
+            options = argparse.Namespace(epochs=2, batch_size=size, seed=0)
+            found = list(train_mlp.step_images(count, options))
+            assert len(found) == 2 * train_mlp.count_steps(count, size) > 0
+            assert [epoch for epoch, _ in found] == sorted([1, 2] * (len(found) // 2))
+            alone = [index for _, index in found if len(index) == 1]
+            assert not alone or min(size, count) == 1
+
+
+SINE_LINE = re.compile(r"test_error=(\d\.\d{8}) test_loss=(\d\.\d{8}) seconds=\d+\.\d")
+
+
+def test_script_fits_a_curve(tmp_path, capsys):
+    out = tmp_path / "out"
+    quick = ["--task", "sine", "--epochs", "12", "--batch-size", "100", "--report-every", "200"]
+    assert train_mlp.main([*quick, "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "y = sin x: 3,600 training, 400 validation and 1,000 test points; 5,251 parameters to train"
+    )
+    last = SINE_LINE.fullmatch(lines[-1])
+    assert float(last[1]) < 0.03
+    params = nn.load(out / "model.npz")
+    x = np.linspace(-math.pi / 2, math.pi / 2, 1002)[1:-1, None].astype(np.float32)
+    experiment = mlp_experiment(*quick)
+    output, _ = experiment.net.forward(params, x)
+    assert float(last[1]) == pytest.approx(np.abs(output - np.sin(x)).mean(), abs=1e-8)
+    with open(out / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    best = min(float(row["validation_error"]) for row in rows)
+    assert train_mlp.validate(experiment, params, "validation")[1] == best
+    assert json.loads((out / "options.json").read_text())["--task"] == "sine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--loss", "hinge"], "--task sine takes --loss mse, mae or huber, not hinge"),
+        (["--loss", "bce"], "--task sine takes"),
+        (["--augment"], "--augment goes with --task classes, not sine"),
+        (["--size", "8"], "--size goes with --task classes"),
+        (["--center"], "--center goes with --task classes, not sine"),
+    ],
+)
+def test_a_curve_has_no_images(arguments, words, capsys):
+    assert train_mlp.main(["--task", "sine", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_fit_of_the_curve_as_a_picture(tmp_path):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib, which is optional")
+    quick = ["--task", "sine", "--epochs", "1", "--plot", str(tmp_path)]
+    assert train_mlp.main([*quick, "--hidden", "4"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"curves.png", "fit.png"}
+
+
+def test_options_that_were_chosen_stand_beside_the_model(blob_file, tmp_path):
+    out = tmp_path / "out"
+    chosen = ["--hidden", "8", "4", "--augment", "shift=1", "--no-batch-norm", "--lr", "0.01"]
+    assert train_on(blob_file, *chosen, "--center", "--out", str(out)) == 0
+    assert json.loads((out / "options.json").read_text()) == {
+        "": train_mlp.command_line().prog,
+        "--center": "",
+        "--augment": "shift=1",
+        "--epochs": "2",
+        "--batch-size": "16",
+        "--lr": "0.01",
+        "--hidden": "8 4",
+        "--no-batch-norm": "",
+    }
+    setting = json.loads((out / "options.json").read_text())
+    text = train_mlp.as_text({**setting, "": "train_mlp.py"})
+    assert text.startswith("train_mlp.py --center --epochs 2 --batch-size 16 --hidden 8 4")
+    again, _ = train_mlp.parse(train_mlp.command_line(), shlex.split(text)[1:])
+    before, _ = train_mlp.parse(train_mlp.command_line(), ["--hidden", "9", *shlex.split(text)[1:]])
+    assert again == before
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    """What would have been drawn: (labels, title) of every picture of curves."""
+    drawn = []
+
+    def draw(path, runs, title):
+        drawn.append((list(runs), title))
+        pathlib.Path(path).touch()
+
+    monkeypatch.setattr(train_mlp, "plot_curves", draw)
+    return drawn
+
+
+def test_runs_are_compared_by_what_is_their_own(blob_file, tmp_path, monkeypatch, capsys, curves):
+    monkeypatch.chdir(tmp_path)
+    quick = ["--data", blob_file, "--epochs", "1", "--hidden", "8"]
+    assert train_mlp.main([*quick, "--out", "a"]) == 0
+    assert train_mlp.main([*quick, "--lr", "0.01", "--out", "b"]) == 0
+    assert train_mlp.main([*quick, "--lr", "0.1", "--center", "--out", "c"]) == 0
+    for out in "abc":
+        setting = json.loads(pathlib.Path(out, "options.json").read_text())
+        pathlib.Path(out, "options.json").write_text(json.dumps({**setting, "": "train_mlp.py"}))
+    assert train_mlp.main(["--compare", "a", "b", "c"]) == 0
+    assert capsys.readouterr().out.endswith("plots/compare.png: 3 runs\n".replace("/", os.sep))
+    assert train_mlp.main(["--compare", "a", "a", "--plot", "pictures"]) == 0
+    assert pathlib.Path("pictures", "compare.png").exists()
+    assert train_cnn.main(["--compare", "a"]) == 0
+    title = "train_mlp.py --epochs 1 --hidden 8"
+    assert curves == [
+        (["default", "--lr 0.01", "--center --lr 0.1"], title),
+        (["a"], title),
+        (["default"], title),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("options.json", "{"),
+        ("options.json", "[1]"),
+        ("options.json", ""),
+        ("metrics.csv", ""),
+        ("metrics.csv", "epoch,step,loss\n"),
+        ("metrics.csv", "epoch,step,loss\n1,2,much\n"),
+        ("metrics.csv", "epoch,step,loss\n1,2\n"),
+        ("metrics.csv", "a,b\n1,2\n"),
+        ("metrics.csv", "\xff\x00"),
+    ],
+)
+def test_compare_refuses_what_is_no_run(name, text, tmp_path, capsys):
+    files = {"options.json": "{}", "metrics.csv": "epoch,step,loss,accuracy\n1,2,3,4\n", name: text}
+    for file, content in files.items():
+        (tmp_path / file).write_bytes(content.encode("latin-1"))
+    assert train_mlp.main(["--compare", str(tmp_path)]) == 2
+    assert f"{tmp_path / name}: is not what --out writes" in capsys.readouterr().err
+
+
+def test_compare_refuses_runs_that_measured_different_things(tmp_path, capsys):
+    for measure in ("accuracy", "error"):
+        (tmp_path / measure).mkdir()
+        (tmp_path / measure / "options.json").write_text("{}")
+        (tmp_path / measure / "metrics.csv").write_text(f"epoch,step,loss,{measure}\n1,2,3,4\n")
+    folders = [str(tmp_path / measure) for measure in ("accuracy", "error")]
+    assert train_mlp.main(["--compare", *folders]) == 2
+    assert "--compare: these runs measured different things" in capsys.readouterr().err
+
+
+def test_curves_of_several_runs_as_a_picture(blob_file, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib, which is optional")
+    monkeypatch.chdir(tmp_path)
+    assert train_on(blob_file, "--out", "a") == 0
+    assert train_on(blob_file, "--validation", "0", "--out", "b") == 0
+    assert train_mlp.main(["--compare", "a", "b"]) == 0
+    assert pathlib.Path("plots", "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- folders of images ---
+
+
+def write_images(folder, sizes=((9, 6),), modes=("L",), classes="ab", count=4, suffix="png"):
+    """Bright images of the second class, dark ones of the first."""
+    from PIL import Image
+
+    for label, name in enumerate(classes):
+        path = pathlib.Path(folder, name)
+        path.mkdir(parents=True)
+        for number in range(count):
+            size = sizes[number % len(sizes)]
+            image = Image.new("L", (size[1], size[0]), 40 + 160 * label + number)
+            image.convert(modes[number % len(modes)]).save(path / f"{number}.{suffix}")
+
+
+def needs_pillow():
+    return pytest.importorskip("PIL", reason="image files need Pillow, which is optional")
+
+
+def test_a_folder_for_each_class_is_a_data_set(tmp_path, capsys):
+    needs_pillow()
+    write_images(tmp_path, count=30)
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    (tmp_path / ".hidden").mkdir()
+    options = ["--data", str(tmp_path), "--hidden", "8", "--epochs", "20", "--batch-size", "8"]
+    assert train_mlp.main(options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "44 training, 4 validation and 12 test images of 1x9x6, 2 classes" in lines[0]
+    assert float(LAST_LINE.fullmatch(lines[-1])[1]) > 0.9
+
+
+def test_folders_of_images_are_read_as_they_are(tmp_path):
+    needs_pillow()
+    write_images(tmp_path / "train", classes=("x", "y"))
+    write_images(tmp_path / "test", classes=("x", "y"), count=2, modes=("RGB",), suffix="bmp")
+    data = train_mlp.read_image_folders(str(tmp_path), None)
+    assert data["classes"].tolist() == ["x", "y"]
+    assert data["x_train"].shape == (8, 1, 9, 6)
+    assert data["x_train"].dtype == np.float32
+    np.testing.assert_array_equal(data["y_train"], [0, 0, 0, 0, 1, 1, 1, 1])
+    levels = [40, 41, 42, 43, 200, 201, 202, 203]
+    np.testing.assert_allclose(data["x_train"][:, 0, 4, 2], np.array(levels) / 255, atol=1e-6)
+    assert data["x_test"].shape == (4, 3, 9, 6)
+
+
+def test_images_of_other_sizes_and_modes_are_brought_together(tmp_path):
+    needs_pillow()
+    write_images(tmp_path, sizes=((9, 6), (12, 12)), modes=("L", "RGB", "P", "1"))
+    with pytest.raises(ValueError, match=r"1\.png: images of 6x9 and 12x12 pixels; --size makes"):
+        train_mlp.read_image_folders(str(tmp_path), None)
+    data = train_mlp.read_image_folders(str(tmp_path), 5)
+    assert data["x_train"].shape == (8, 3, 5, 5)
+    np.testing.assert_allclose(data["x_train"][0], 40 / 255, atol=1e-6)
+    np.testing.assert_allclose(data["x_train"][1], 41 / 255, atol=1e-6)
+
+
+def test_folders_that_are_no_data_set_say_why(tmp_path):
+    needs_pillow()
+    from PIL import Image
+
+    (tmp_path / "lone" / "test").mkdir(parents=True)
+    write_images(tmp_path / "differ" / "train")
+    write_images(tmp_path / "differ" / "test", classes="ac")
+    write_images(tmp_path / "damaged")
+    (tmp_path / "damaged" / "b" / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing more")
+    write_images(tmp_path / "deep")
+    Image.new("I", (6, 9)).save(tmp_path / "deep" / "b" / "1.tif")
+    write_images(tmp_path / "none", count=0)
+    for name, words in {
+        "lone": "there is a folder test, but none called train",
+        "differ": "expected a folder for each of a, b",
+        "damaged": "2.png: cannot be read as an image",
+        "deep": "1.tif: cannot be read as an image: its pixels are of mode I",
+        "none": "a: there is no image in this folder",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(words)) as refused:
+            train_mlp.read_image_folders(str(tmp_path / name), None)
+        assert str(tmp_path / name) in str(refused.value)
+
+
+def test_images_without_pillow_say_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    (tmp_path / "a").mkdir()
+    assert train_mlp.main(["--data", str(tmp_path)]) == 2
+    assert "image files need Pillow: pip install pillow" in capsys.readouterr().err
+
+
+def test_commands_of_the_reports_have_options_that_exist():
+    script = REPOSITORY / "benchmarks" / "reports.py"
+    listed = subprocess.run([sys.executable, script, "--list"], capture_output=True, text=True)
+    commands = dict(line.split(maxsplit=1) for line in listed.stdout.splitlines())
+    assert len(commands) == len(listed.stdout.splitlines()) > 90
+    for command in commands.values():
+        _, script, *arguments = shlex.split(command)
+        module = {"train_mlp.py": train_mlp, "train_cnn.py": train_cnn}[script]
+        options, _ = train_mlp.parse(module.command_line(), arguments)
+        train_mlp.check_options(options)
+        needed = re.match(r"{(.+)}/model\.npz", getattr(options, "init_from", ""))
+        assert not needed or needed[1] in commands
 
 
 # --- train_cnn.py and what it shares ---
@@ -4974,7 +5507,7 @@ def test_cnn_script_builds_what_its_options_say(blob_file):
     params, shape = net.init(0, (1, 20, 19))
     assert shape == (5,)
     x = np.random.default_rng(0).normal(size=(2, 1, 20, 19)).astype(np.float32)
-    shapes = {name: y.shape[1:] for name, y in train_cnn.outputs(net, params, x)}
+    shapes = {name: y.shape[1:] for name, y in train_mlp.outputs(net, params, x)}
     assert shapes == {
         "conv1_1": (3, 20, 19),
         "convact1_1": (3, 20, 19),
@@ -4990,7 +5523,7 @@ def test_cnn_script_builds_what_its_options_say(blob_file):
         "out": (5,),
     }
     assert set(params["conv1_1"]) == {"W", "b"}
-    outputs = dict(train_cnn.outputs(net, params, x))
+    outputs = dict(train_mlp.outputs(net, params, x))
     np.testing.assert_array_equal(outputs["convact1_1"], np.tanh(outputs["conv1_1"]))
     pooled = outputs["convact1_2"][:, :, :18, :18].reshape(2, 3, 6, 3, 6, 3).mean(axis=(3, 5))
     np.testing.assert_allclose(outputs["pool1"], pooled, atol=1e-6)
@@ -5050,7 +5583,7 @@ def test_plots_of_a_cnn(blob_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder, options in (("with", []), ("without", ["--channels"])):
         assert train_cnn_on(blob_file, "--plot", folder, *options) == 0
-        names = {"curves.png", "confusion.png", "features.png"}
+        names = {"curves.png", "confusion.png", "mistakes.png", "features.png"}
         names |= {"kernels.png"} if folder == "with" else set()
         assert {path.name for path in pathlib.Path(folder).iterdir()} == names
         for name in names:

@@ -12,7 +12,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 import purenn as nn
 import train_mlp
@@ -92,10 +91,7 @@ def command_line() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, train, report; gives the exit code."""
-    parser = command_line()
-    options, setting = train_mlp.parse(parser, arguments)
-    run = partial(train_mlp.run, options, setting, build_cnn, draw_cnn)
-    return train_mlp.guarded(parser.prog, run)
+    return train_mlp.start(command_line(), arguments, build_cnn, draw_cnn)
 
 
 if __name__ == "__main__":

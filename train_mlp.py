@@ -1003,37 +1003,45 @@ def trained_entries(experiment: Experiment, params: nn.Tree) -> nn.Tree:
     return {name: entries for name, entries in grads.items() if name in only}
 
 
-def run(
-    options: argparse.Namespace,
-    setting: dict[str, str],
-    build: Callable[[argparse.Namespace, int], nn.Layer],
-    pictures: Callable[[str, Experiment, nn.Tree], None],
-) -> None:
-    """Everything from the data to the last line; `build(options, outputs)` makes the network."""
-    started = time.monotonic()
+Build = Callable[[argparse.Namespace, int], nn.Layer]  # (options, outputs) -> network
+Draw = Callable[[str, "Experiment", nn.Tree], None]  # (folder, experiment, params) -> pictures
+
+
+def set_up(
+    options: argparse.Namespace, setting: dict[str, str], build: Build
+) -> tuple[Experiment, str]:
+    """Data, task and network of the options, and a word on where the data come from."""
     check_options(options)
-    if hasattr(options, "compare"):
-        compare(options)
-        return
     data, origin = get_data(options)
     data = prepare(data, options)
     if options.schedule == "plateau" and not len(data["x_validation"]):
         raise ValueError("--schedule plateau needs validation images, but --validation is 0")
     task = choose_task(options, data)
-    experiment = Experiment(options, setting, data, task, build(options, task.outputs))
+    return Experiment(options, setting, data, task, build(options, task.outputs)), origin
+
+
+def describe(experiment: Experiment, origin: str, parameters: int) -> str:
+    """The first line that is printed."""
+    data, task = experiment.data, experiment.task
+    sizes = [f"{len(data[f'x_{part}']):,} {part}" for part in ("train", "validation", "test")]
+    what = f"images of {as_shape(data['x_train'])}, {task.outputs} classes"
+    if experiment.options.task == "sine":
+        what = "points"
+    return (
+        f"{origin}: {sizes[0]}ing, {sizes[1]} and {sizes[2]} {what};"
+        f" {parameters:,} parameters to train"
+    )
+
+
+def run(options: argparse.Namespace, setting: dict[str, str], build: Build, draw: Draw) -> None:
+    """Everything from the data to the last line."""
+    started = time.monotonic()
+    experiment, origin = set_up(options, setting, build)
     params = first_params(experiment)
     trained = trained_entries(experiment, params)
     if options.summary:
-        print(summary(experiment.net, params, trained, data["x_train"][:1]))
-    sizes = "{:,} training, {:,} validation and {:,} test".format(
-        *(len(data[f"x_{part}"]) for part in ("train", "validation", "test"))
-    )
-    what = "points" if options.task == "sine" else f"images of {as_shape(data['x_train'])}"
-    classes = f", {task.outputs} classes" if options.task == "classes" else ""
-    print(
-        f"{origin}: {sizes} {what}{classes}; {nn.count_parameters(trained):,} parameters to train",
-        flush=True,
-    )
+        print(summary(experiment.net, params, trained, experiment.data["x_train"][:1]))
+    print(describe(experiment, origin, nn.count_parameters(trained)), flush=True)
     if hasattr(options, "out"):
         with open(os.path.join(options.out, "options.json"), "w", encoding="utf-8") as file:
             json.dump(setting, file, indent=1)
@@ -1045,12 +1053,23 @@ def run(
         os.makedirs(folder, exist_ok=True)
         if rows:
             plot_curves(os.path.join(folder, "curves.png"), {"": rows}, as_text(setting))
-        pictures(folder, experiment, best)
+        draw(folder, experiment, best)
     loss, measured = validate(experiment, best, "test")
+    task = experiment.task
     print(
         f"test_{task.name}={measured:.{task.digits}f} test_loss={loss:.{task.digits}f}"
         f" seconds={time.monotonic() - started:.1f}"
     )
+
+
+def start(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, build: Build, draw: Draw
+) -> int:
+    """A script from its command line to its exit code."""
+    options, setting = parse(parser, arguments)
+    if hasattr(options, "compare"):
+        return guarded(parser.prog, partial(compare, options))
+    return guarded(parser.prog, partial(run, options, setting, build, draw))
 
 
 def guarded(name: str, function: Callable[[], None]) -> int:
@@ -1172,10 +1191,11 @@ def plot_grid(path: str, images: np.ndarray, title: str, titles: Sequence[str] =
     images = images[:64]
     columns = math.ceil(math.sqrt(len(images)))
     lines = math.ceil(len(images) / columns)
+    side = max(1.0, 5 / columns)
     figure, panels = pyplot().subplots(
         lines,
         columns,
-        figsize=(max(columns, 5), lines * (1.25 if titles else 1) + 0.5),
+        figsize=(columns * side, lines * (side + 0.25 * bool(titles)) + 0.5),
         layout="constrained",
         squeeze=False,
     )
@@ -1332,9 +1352,7 @@ def command_line() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, train, report; gives the exit code."""
-    parser = command_line()
-    options, setting = parse(parser, arguments)
-    return guarded(parser.prog, partial(run, options, setting, build_mlp, draw_mlp))
+    return start(command_line(), arguments, build_mlp, draw_mlp)
 
 
 if __name__ == "__main__":
