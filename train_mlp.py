@@ -533,8 +533,14 @@ def check_options(options: argparse.Namespace) -> None:
     choose_optimizer(options, 1)  # refuses what does not go together there
     if hasattr(options, "plot"):
         pyplot()
+        os.makedirs(picture_folder(options), exist_ok=True)
     if hasattr(options, "out"):
         os.makedirs(options.out, exist_ok=True)
+
+
+def picture_folder(options: argparse.Namespace) -> str:
+    """Where --plot puts its pictures."""
+    return getattr(options, "plot", "") or getattr(options, "out", "plots")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1049,8 +1055,7 @@ def run(options: argparse.Namespace, setting: dict[str, str], build: Build, draw
     if hasattr(options, "out") and rows:
         write_metrics(os.path.join(options.out, "metrics.csv"), rows)
     if hasattr(options, "plot"):
-        folder = options.plot or getattr(options, "out", "plots")
-        os.makedirs(folder, exist_ok=True)
+        folder = picture_folder(options)
         if rows:
             plot_curves(os.path.join(folder, "curves.png"), {"": rows}, as_text(setting))
         draw(folder, experiment, best)
@@ -1107,28 +1112,22 @@ CURVES = {"loss": "loss", "accuracy": "accuracy", "error": "mean absolute error"
 
 def plot_curves(path: str, runs: dict[str, list[dict[str, float]]], title: str) -> None:
     """Loss and accuracy (or error) by step, in training and validation, of every {label: rows}."""
-    names = [name for name in next(iter(runs.values()))[0] if name in CURVES]
+    quantities = [name for name in next(iter(runs.values()))[0] if name in CURVES]
     figure, panels = pyplot().subplots(1, 2, figsize=(11, 5), layout="constrained")
-    for panel, name in zip(panels, names, strict=True):
-        for number, (label, rows) in enumerate(runs.items()):
-            steps = [row["step"] for row in rows]
-            for column, style in ((name, "--"), (f"validation_{name}", "-")):
-                if column not in rows[0]:
-                    continue
-                panel.plot(
-                    steps,
-                    [row[column] for row in rows],
-                    style,
-                    marker="." if len(rows) <= 30 else "",
-                    color=f"C{number % 10}",
-                    label=", ".join(
-                        [label] * bool(label) + ["validation" if style == "-" else "training"]
-                    ),
-                )
+    for number, (label, rows) in enumerate(runs.items()):
+        steps = [row["step"] for row in rows]
+        look = {"color": f"C{number % 10}", "marker": "." if len(rows) <= 30 else ""}
+        for part, prefix, style in (("training", "", "--"), ("validation", "validation_", "-")):
+            if f"{prefix}loss" not in rows[0]:
+                continue
+            look |= {"linestyle": style, "label": f"{label}, {part}" if label else part}
+            for panel, quantity in zip(panels, quantities, strict=True):
+                panel.plot(steps, [row[prefix + quantity] for row in rows], **look)
+    for panel, quantity in zip(panels, quantities, strict=True):
         bottom, top = panel.dataLim.intervaly
-        if 0 < 10 * bottom < top and name != "accuracy":
+        if 0 < 10 * bottom < top and quantity != "accuracy":
             panel.set_yscale("log")
-        panel.set(xlabel="step", ylabel=CURVES[name])
+        panel.set(xlabel="step", ylabel=CURVES[quantity])
         panel.grid(alpha=0.3, which="both")
     handles, labels = panels[0].get_legend_handles_labels()
     columns = max(1, min(4, 140 // (max(map(len, labels)) + 8)))
@@ -1169,9 +1168,8 @@ def compare(options: argparse.Namespace) -> None:
     if len(set(labels)) < len(labels):  # the same setting twice
         labels = [os.path.normpath(folder) for folder in options.compare]
     title = as_text({flag: value for flag, value in settings[0] if (flag, value) in common})
-    folder = getattr(options, "plot", "") or "plots"
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, "compare.png")
+    os.makedirs(picture_folder(options), exist_ok=True)
+    path = os.path.join(picture_folder(options), "compare.png")
     plot_curves(path, {label: rows for label, (_, rows) in zip(labels, runs, strict=True)}, title)
     print(f"{path}: {len(runs)} runs")
 
