@@ -193,9 +193,10 @@ EXPERIMENTS = [
     *_cnn(
         5,
         "--channels 4 4 --kernel 3 --pooling average --hidden --no-batch-norm --batch-size 100 --optimizer sgd --momentum 0.9 --lr 0.01 --schedule plateau --epochs 40",
-        ("average-4", "4 and 4 channels, initialised with std 0.01", "0.985", "--label-smoothing 0 --init normal --init-std 0.01"),
-        ("average-1", "the same with std 1", "", "--label-smoothing 0 --init normal --init-std 1"),
-        ("average-16", "16 and 16 channels", "0.990", "--channels 16 16 --label-smoothing 0 --init normal --init-std 0.01"),
+        ("average-4", "4 and 4 channels, initialised with std 0.01", "0.985", "--label-smoothing 0 --init normal --init-std 0.01 --epochs 150 --lr-epochs 10", "settles there at this rate, 0.9840 after 300 epochs; three times the rate gets further"),
+        ("average-4-fast", "the same with rate 0.03", "0.985", "--label-smoothing 0 --init normal --init-std 0.01 --lr 0.03 --epochs 150 --lr-epochs 10"),
+        ("average-1", "rate 0.01, std 1", "", "--label-smoothing 0 --init normal --init-std 1 --lr-epochs 5"),
+        ("average-16", "16 and 16 channels (He, one cycle, rate 0.1, L2 of 0.0002)", "0.990", "--channels 16 16 --label-smoothing 0 --schedule one-cycle --lr 0.1 --weight-decay 2e-4 --epochs 30", "0.9883 with the setting above"),
         ("kernel-5", "kernel 5", "", "--label-smoothing 0 --init normal --init-std 0.01 --kernel 5"),
         ("kernel-7", "kernel 7", "", "--label-smoothing 0 --init normal --init-std 0.01 --kernel 7"),
         ("euclidean", "Euclidean loss", "", "--init normal --init-std 0.01 --loss mse --lr 0.05"),
