@@ -771,7 +771,7 @@ class MovingLine:
 
     def show(self, text: str, important: bool = False) -> None:
         """Replace the line, at most ten times a second."""
-        if self.moves and (important or time.monotonic() >= self.due):
+        if self.is_due() or (important and self.moves):
             print("\r" + text.ljust(self.length), end="", flush=True)
             self.length, self.due = len(text), time.monotonic() + 0.1
 

@@ -227,6 +227,7 @@ SHORT = [
     "deep-plain",
     "deep-norm",
     "average-4",
+    "average-4-fast",
     "average-16",
 ]
 
