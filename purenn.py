@@ -2975,7 +2975,7 @@ def resize(images: Array, size: int | Pair) -> Array:
     height, width = _pair("resize", "size", size, 1)
     down = _overlaps(images.shape[2], height).astype(images.dtype)
     across = _overlaps(images.shape[3], width).astype(images.dtype)
-    return np.ascontiguousarray(down @ (images @ across.T))
+    return down @ (np.ascontiguousarray(images) @ across.T)
 
 
 # ------------------------------------------------------------------------------------------------
