@@ -5368,6 +5368,13 @@ def test_compare_refuses_runs_that_measured_different_things(tmp_path, capsys):
     assert "--compare: these runs measured different things" in capsys.readouterr().err
 
 
+def test_class_names_that_no_font_can_draw_become_numbers(recwarn):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib, which is optional")
+    assert train_mlp.drawable(["cat", "dög", "β"]) == ["cat", "dög", "β"]
+    nowhere = "\U0010fffd"  # for private use: no font has it
+    assert train_mlp.drawable(["cat", nowhere]) == ["0", "1"]
+
+
 def test_curves_of_several_runs_as_a_picture(blob_file, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib, which is optional")
     monkeypatch.chdir(tmp_path)

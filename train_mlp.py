@@ -1107,6 +1107,24 @@ def pyplot() -> Any:
     return matplotlib.pyplot
 
 
+def drawable(names: list[str]) -> list[str]:
+    """The names, with a font that can draw them chosen; their numbers where there is none."""
+    rc_params = pyplot().rcParams
+    from matplotlib import font_manager
+
+    characters = set("".join(names))
+    fonts: list[Any] = [font_manager.findfont("DejaVu Sans")]
+    fonts += [font.fname for font in font_manager.fontManager.ttflist]
+    for path in fonts:
+        font = font_manager.get_font(path)
+        if font.family_name.startswith("Last Resort"):
+            continue  # comes with matplotlib and has a box for every character
+        if all(font.get_char_index(ord(character)) for character in characters):
+            rc_params["font.family"] = ["DejaVu Sans", font.family_name]
+            return names
+    return [str(number) for number in range(len(names))]
+
+
 CURVES = {"loss": "loss", "accuracy": "accuracy", "error": "mean absolute error"}
 
 
@@ -1255,7 +1273,7 @@ def plot_confusion(path: str, predicted: np.ndarray, labels: np.ndarray, names: 
 
 def draw_mistakes(folder: str, experiment: Experiment, params: nn.Tree) -> None:
     """confusion.png, and mistakes.png: test images taken for another class."""
-    data, names = experiment.data, experiment.data["classes"].tolist()
+    data, names = experiment.data, drawable(experiment.data["classes"].tolist())
     logits, labels = predict(experiment.net, params, data["x_test"]), data["y_test"]
     predicted = logits.argmax(axis=1)
     plot_confusion(os.path.join(folder, "confusion.png"), predicted, labels, names)
