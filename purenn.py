@@ -81,7 +81,7 @@ __all__ = [
     # data
     "draw_digits", "augment", "resize",
     # files and network
-    "save", "load", "read_idx", "read_dataset", "MNIST_MIRRORS", "download_mnist",
+    "replacing", "save", "load", "read_idx", "read_dataset", "MNIST_MIRRORS", "download_mnist",
 ]
 # fmt: on
 
@@ -2986,8 +2986,14 @@ def resize(images: Array, size: int | Pair) -> Array:
 
 
 @contextlib.contextmanager
-def _replacing(path: str) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` once it is completely on the disk."""
+def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the place of `path` once it is completely on the disk.
+
+    `with replacing("results.csv") as file: file.write(b"...")`. It is written beside `path` as
+    `path`.PID.tmp, flushed, synchronised and renamed: at every moment there is either the old file
+    or the new one, whole. After an error in between it is the old one. OSError as from `open`.
+    """
+    path = os.fspath(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -3023,7 +3029,7 @@ def save(path: str | os.PathLike, tree: Tree) -> None:
             raise TypeError(f"save: {name!r} must be an array of numbers, got {_kind(leaf)}")
         if "\0" in name:
             raise ValueError(f"save: a name must not contain NUL, got {name!r}")
-    with _replacing(os.fspath(path)) as file, zipfile.ZipFile(file, "w") as archive:
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, leaf in flat.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asarray(leaf), allow_pickle=False)
@@ -3326,5 +3332,5 @@ def download_mnist(
                 problems.append(f"{mirror}: {error}")
         else:
             raise OSError(f"no mirror gives {name}: {'; '.join(problems)}")
-        with _replacing(path) as file:
+        with replacing(path) as file:
             file.write(packed)

@@ -21,6 +21,7 @@ import pathlib
 import pickle
 import re
 import shlex
+import signal
 import socket
 import struct
 import subprocess
@@ -3042,7 +3043,9 @@ for name in ("binary_cross_entropy", "mean_squared_error", "mean_absolute_error"
         (ValueError, r"target has shape \(2,\), but the prediction \(2, 3\)", (Z, LABELS)),
         (ValueError, "must not be empty", (Z[:0], Z[:0])),
     ]
-ELSEWHERE = {"save", "load", "read_idx", "read_dataset", "download_mnist"}  # under "Files"
+ELSEWHERE = {  # under "Files"
+    "replacing", "save", "load", "read_idx", "read_dataset", "download_mnist",
+}  # fmt: skip
 NO_MISUSE = {
     "Layer": "a tuple of three functions",
     "Optimizer": "a tuple of two functions",
@@ -4859,6 +4862,8 @@ MISTAKES = {
     ),
     "a model that is not there": (["--init-from", "nowhere.npz"], "nowhere.npz"),
     "a model that is damaged": (["--init-from", "damaged.npz"], "damaged.npz: cannot be read"),
+    "a resume of nothing": (["--resume"], "--resume needs --out"),
+    "checkpoints of nothing": (["--checkpoint-every", "9"], "--checkpoint-every needs --out"),
     "runs that are not there": (["--compare", "nowhere"], "nowhere"),
     "a run that is none": (["--compare", "empty"], "empty"),
     "plateau of nothing": (
@@ -4936,7 +4941,7 @@ def test_script_on_a_full_disk_says_so_and_leaves_no_half_written_model(
     monkeypatch.setattr(os, "fsync", full)
     assert train_on(blob_file, "--out", str(tmp_path / "out")) == 2
     assert "No space left on device" in capsys.readouterr().err
-    assert os.listdir(tmp_path / "out") == ["options.json"]
+    assert os.listdir(tmp_path / "out") == ["lock"]
 
 
 def test_script_interrupted_exits_with_130(blob_file, monkeypatch, capsys):
@@ -5102,11 +5107,10 @@ def test_the_summed_gradient_is_the_mean_times_the_batch(blob_file):
         experiment = mlp_experiment(*options, "--dropout", "0", "--reduction", reduction)
         params = train_mlp.first_params(experiment)
         optimizer = nn.sgd(0.01)
-        moved, _, measured = train_mlp.take_step(
-            experiment, optimizer, params, optimizer.init(params), 0, np.arange(16)
-        )
-        moves.append(moved["hidden1"]["W"].astype(np.float64) - params["hidden1"]["W"])
-        assert measured[0] < 3
+        progress = train_mlp.begin(experiment, optimizer, params)
+        moved = train_mlp.take_step(experiment, optimizer, progress, np.arange(16))
+        moves.append(moved.params["hidden1"]["W"].astype(np.float64) - params["hidden1"]["W"])
+        assert moved.sums[0] < 3 * moved.sums[2] == 48
     np.testing.assert_allclose(moves[1], 16 * moves[0], atol=1e-6)
     assert np.abs(moves[1]).max() > 1e-3
 
@@ -5207,9 +5211,10 @@ def test_a_report_is_of_the_steps_since_the_last_one(blob_file, tmp_path, monkey
     values = iter(range(100))
     original = train_mlp.take_step
 
-    def step(*arguments):
-        value = next(values)
-        return *original(*arguments)[:2], np.array([value, value / 100])
+    def step(experiment, optimizer, progress, index):
+        value, sums = next(values), progress.sums
+        progress = original(experiment, optimizer, progress, index)
+        return progress._replace(sums=sums + np.array([value, value / 100, 1]) * len(index))
 
     monkeypatch.setattr(train_mlp, "take_step", step)
     out, options = tmp_path / "out", ["--report-every", "2", "--validation", "100"]
@@ -5227,9 +5232,11 @@ def test_count_steps_and_step_images_agree():
             options = argparse.Namespace(epochs=2, batch_size=size, seed=0)
             found = list(train_mlp.step_images(count, options))
             assert len(found) == 2 * train_mlp.count_steps(count, size) > 0
-            assert [epoch for epoch, _ in found] == sorted([1, 2] * (len(found) // 2))
-            alone = [index for _, index in found if len(index) == 1]
+            alone = [index for index in found if len(index) == 1]
             assert not alone or min(size, count) == 1
+            for done in range(len(found) + 1):
+                left = list(train_mlp.step_images(count, options, done))
+                assert all_bytes(*left) == all_bytes(*found[done:])
 
 
 SINE_LINE = re.compile(r"test_error=(\d\.\d{8}) test_loss=(\d\.\d{8}) seconds=\d+\.\d")
@@ -5382,6 +5389,259 @@ def test_curves_of_several_runs_as_a_picture(blob_file, tmp_path, monkeypatch):
     assert train_on(blob_file, "--validation", "0", "--out", "b") == 0
     assert train_mlp.main(["--compare", "a", "b"]) == 0
     assert pathlib.Path("plots", "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- checkpoints ---
+
+KEPT = ("model.npz", "metrics.csv", "checkpoint.npz", "options.json")
+
+
+def kept(folder):
+    return {name: pathlib.Path(folder, name).read_bytes() for name in KEPT}
+
+
+class Killed(BaseException):
+    """Stands for a process that ends at once."""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--optimizer", "adam", "--dropout", "0.5"],
+        ["--optimizer", "sgd", "--schedule", "plateau", "--report-every", "5"],
+        ["--augment", "--validation", "0", "--checkpoint-every", "3", "--init", "orthogonal"],
+        ["--train-only", "out", "--optimizer", "rmsprop", "--report-every", "7"],
+    ],
+)
+@pytest.mark.parametrize("script", ["mlp", "cnn"])
+def test_a_resumed_training_is_the_same_to_the_bit(
+    script, options, blob_file, tmp_path, monkeypatch, capsys
+):
+    start = {"mlp": train_on, "cnn": train_cnn_on}[script]
+    options = [*options, "--epochs", "3"]
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    assert start(blob_file, *options, "--out", whole) == 0
+    last = capsys.readouterr().out.splitlines()[-1].split(" seconds")[0]
+    original, steps = train_mlp.take_step, itertools.count()
+
+    def killed_at_times(*arguments):
+        if next(steps) % 11 == 8:
+            raise Killed
+        return original(*arguments)
+
+    monkeypatch.setattr(train_mlp, "take_step", killed_at_times)
+    if "--checkpoint-every" not in options:
+        options = [*options, "--checkpoint-every", "4"]
+    for _ in range(20):
+        try:
+            assert start(blob_file, *options, "--out", parts, "--resume") == 0
+        except Killed:
+            continue
+        break
+    assert capsys.readouterr().out.splitlines()[-1].split(" seconds")[0] == last
+    assert next(steps) > 40
+    expected, found = kept(whole), kept(parts)
+    assert found["model.npz"] == expected["model.npz"]
+    assert found["metrics.csv"] == expected["metrics.csv"]
+    assert found["checkpoint.npz"] == expected["checkpoint.npz"]
+    assert start(blob_file, *options, "--out", parts, "--resume") == 0  # nothing is left to do
+    assert capsys.readouterr().out.splitlines()[-1].split(" seconds")[0] == last
+    assert kept(parts) == found
+
+
+def test_a_training_killed_at_any_moment_goes_on_to_the_same_bits(blob_file, tmp_path):
+    command = [sys.executable, str(REPOSITORY / "train_mlp.py"), "--data", blob_file]
+    command += ["--hidden", "8", "--epochs", "60", "--batch-size", "4", "--checkpoint-every", "5"]
+    subprocess.run([*command, "--out", tmp_path / "whole"], check=True, capture_output=True)
+    rng, kills = np.random.default_rng(0), 0
+    while True:
+        process = subprocess.Popen(
+            [*command, "--out", tmp_path / "parts", "--resume"], stdout=subprocess.PIPE, text=True
+        )
+        assert "parameters to train" in process.stdout.readline()
+        try:
+            process.wait(rng.uniform(0, 0.3) if kills < 6 else None)
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        finally:
+            process.stdout.close()
+    assert process.returncode == 0
+    assert kills > 0
+    assert kept(tmp_path / "parts") == kept(tmp_path / "whole")
+    assert not list((tmp_path / "parts").glob("*.tmp"))
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
+    blob_file, tmp_path, monkeypatch, capsys
+):
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    assert train_on(blob_file, "--out", whole) == 0
+    original = train_mlp.take_step
+
+    def interrupted(experiment, optimizer, progress, index):
+        progress = original(experiment, optimizer, progress, index)
+        if progress.step == 7:
+            signal.raise_signal(signal.SIGINT)
+        return progress
+
+    monkeypatch.setattr(train_mlp, "take_step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    assert train_on(blob_file, "--out", parts) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert capsys.readouterr().err.endswith(
+        "interrupted after step 7 of 24; the same command with --resume goes on from there\n"
+    )
+    assert nn.load(os.path.join(parts, "checkpoint.npz"))["step"] == 7
+    assert train_on(blob_file) == 130
+    assert "after step 7 of 24; with --out it could be gone on with" in capsys.readouterr().err
+    assert train_on(blob_file, "--out", parts, "--resume") == 0
+    assert kept(parts) == kept(whole)
+
+
+def test_a_second_ctrl_c_is_at_once():
+    with train_mlp.Stop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_training_works_outside_the_main_thread(blob_file, tmp_path):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(train_on(blob_file)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+def test_a_checkpoint_of_something_else_is_refused(blob_file, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert train_on(blob_file, "--out", out) == 0
+    checkpoint = pathlib.Path(out, "checkpoint.npz")
+    before = checkpoint.read_bytes()
+    images, labels = blobs(200, (9, 6, 3), 4, 7)
+    other = str(tmp_path / "other.npz")
+    np.savez(other, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    for options, words in (
+        (["--hidden", "9"], "it is of another training: --hidden [8] then, [9] now"),
+        (["--lr", "0.1"], "it is of another training: --lr default then, 0.1 now"),
+        (["--epochs", "3"], "--epochs 2 then, 3 now"),
+        (["--data", other], "it is of another training: the data are others"),
+    ):
+        assert train_on(blob_file, *options, "--out", out, "--resume") == 2
+        assert words in capsys.readouterr().err
+        assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"of": None},
+        {"of": np.frombuffer(b"[1", np.uint8)},
+        {"of": np.frombuffer(b"[]", np.uint8)},
+        {"params": None},
+        {"params": {"out": {"W": np.ones((8, 4))}}},
+        {"best": {"out": np.ones(3)}},
+        {"step": np.ones(3, int)},
+        {"step": np.array(-1)},
+        {"step": np.array(10**9)},
+        {"sums": np.zeros(2)},
+        {"best_score": np.zeros(2)},
+        {"rows": np.zeros((2, 3))},
+        {"rows": np.zeros(6)},
+        {"state": {}},
+        {"more": np.ones(1)},
+    ],
+)
+def test_a_checkpoint_that_is_none_is_refused(change, blob_file, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert train_on(blob_file, "--out", out) == 0
+    path = os.path.join(out, "checkpoint.npz")
+    tree = {name: value for name, value in {**nn.load(path), **change}.items() if value is not None}
+    nn.save(path, tree)
+    assert train_on(blob_file, "--out", out, "--resume") == 2
+    errors = capsys.readouterr().err
+    assert f"{path}: cannot be resumed" in errors
+    assert errors.count("\n") == 1
+
+
+def test_a_damaged_checkpoint_is_refused(blob_file, tmp_path, capsys):
+    path = tmp_path / "checkpoint.npz"
+    path.write_bytes(b"PK\x03\x04 and nothing more")
+    assert train_on(blob_file, "--out", str(tmp_path), "--resume") == 2
+    assert f"{path}: cannot be read" in capsys.readouterr().err
+
+
+def test_a_second_run_into_the_same_folder_is_refused(blob_file, tmp_path, capsys):
+    with train_mlp.only_run(str(tmp_path)):
+        assert train_on(blob_file, "--out", str(tmp_path)) == 2
+        assert f"{tmp_path}: another run is writing into this folder" in capsys.readouterr().err
+    assert train_on(blob_file, "--out", str(tmp_path)) == 0
+
+
+def test_what_a_killed_run_left_half_written_is_removed(blob_file, tmp_path):
+    (tmp_path / "checkpoint.npz.123.tmp").write_bytes(b"half")
+    assert train_on(blob_file, "--out", str(tmp_path)) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {*KEPT, "lock"}
+
+
+def test_a_loss_that_is_not_finite_says_where_it_began(blob_file, tmp_path, monkeypatch, capsys):
+    original = train_mlp.take_step
+    out = str(tmp_path / "out")
+
+    def spoiled(experiment, optimizer, progress, index, *, value):
+        if progress.step == 15:
+            params = dict(progress.params)
+            params["hidden2"] = {"W": np.full_like(params["hidden2"]["W"], value)}
+            progress = progress._replace(params=params)
+        return original(experiment, optimizer, progress, index)
+
+    for value, where in (
+        (math.nan, "hidden2/W is not finite, so its gradient was not"),
+        (3e38, "the output of hidden2 is not finite"),
+    ):
+        monkeypatch.setattr(train_mlp, "take_step", partial(spoiled, value=value))
+        assert train_on(blob_file, "--hidden", "8", "6", "--out", out) == 2
+        errors = capsys.readouterr().err
+        assert re.search(rf"the loss became (nan|inf) in step 15: {where}; try a lower", errors)
+        assert errors.count("\n") == 1
+        assert nn.load(os.path.join(out, "checkpoint.npz"))["step"] == 12
+
+
+def test_params_that_are_not_finite_are_never_kept(blob_file, tmp_path, monkeypatch, capsys):
+    original = train_mlp.take_step
+
+    def spoiled(*arguments):
+        progress = original(*arguments)
+        if progress.step == 24:
+            progress.params["out"]["b"][:] = math.inf
+        return progress
+
+    monkeypatch.setattr(train_mlp, "take_step", spoiled)
+    assert train_on(blob_file, "--out", str(tmp_path)) == 2
+    assert "out/b is not finite after step 24, so its gradient was not" in capsys.readouterr().err
+    assert nn.load(tmp_path / "checkpoint.npz")["step"] == 12
+
+
+def test_replacing_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "file"
+    with nn.replacing(path) as file:
+        file.write(b"old")
+    with contextlib.suppress(KeyError), nn.replacing(str(path)) as file:
+        file.write(b"half")
+        assert path.read_bytes() == b"old"
+        raise KeyError
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+    with nn.replacing(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
 
 
 # --- folders of images ---

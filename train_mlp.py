@@ -10,11 +10,16 @@ pictures) is written so that it can be imported from here: see `main`, which is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import glob
+import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -133,7 +138,8 @@ def augmentation(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"the amount of {kind} is no number: {amount}") from None
 
 
-NOT_OF_THE_SETTING = ("data", "out", "plot", "compare", "summary", "report_every")
+NOT_OF_THE_RESULT = ("data", "out", "plot", "compare", "summary", "resume", "checkpoint_every")
+NOT_OF_THE_SETTING = (*NOT_OF_THE_RESULT, "report_every")
 
 
 def new_parser(description: str) -> argparse.ArgumentParser:
@@ -311,7 +317,21 @@ def new_parser(description: str) -> argparse.ArgumentParser:
         "--out",
         metavar="DIR",
         default=argparse.SUPPRESS,
-        help="keep model.npz (best epoch), metrics.csv and options.json in this folder",
+        help="keep model.npz (the best), metrics.csv, options.json and checkpoint.npz, written at"
+        " every epoch, in this folder",
+    )
+    output.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the checkpoint in --out, to the same bits as if it had never been stopped;"
+        " where there is none, begin",
+    )
+    output.add_argument(
+        "--checkpoint-every",
+        metavar="N",
+        type=count,
+        default=argparse.SUPPRESS,
+        help="write a checkpoint every N steps as well",
     )
     output.add_argument(
         "--plot",
@@ -527,6 +547,9 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("--center goes with --task classes, not sine")
     if options.schedule != "multistep" and len(getattr(options, "lr_epochs", [1])) != 1:
         raise ValueError(f"--schedule {options.schedule} takes one number of --lr-epochs")
+    for name in ("resume", "checkpoint_every"):
+        if getattr(options, name, False) and not hasattr(options, "out"):
+            raise ValueError(f"--{name.replace('_', '-')} needs --out")
     augment = choose_augmentation(options)
     if augment:
         augment(0, np.zeros((1, 1, 2, 2), np.float32))  # refuses amounts that make no sense
@@ -867,40 +890,87 @@ def count_steps(count: int, batch_size: int) -> int:
     return full + (left > 1)
 
 
-def step_images(count: int, options: argparse.Namespace) -> Iterator[tuple[int, np.ndarray]]:
-    """(epoch, numbers of its images) of every step of the training."""
-    for epoch in range(1, options.epochs + 1):
-        indices = nn.batches(count, options.batch_size, (options.seed, 1, epoch))
-        for index in itertools.islice(indices, count_steps(count, options.batch_size)):
-            yield epoch, index
+def step_images(count: int, options: argparse.Namespace, done: int = 0) -> Iterator[np.ndarray]:
+    """The numbers of the images of every step that is left of the training, after `done` steps."""
+    epoch_steps = count_steps(count, options.batch_size)
+    for epoch in range(done // epoch_steps, options.epochs):
+        indices = nn.batches(count, options.batch_size, (options.seed, 1, epoch + 1))
+        first = max(done - epoch * epoch_steps, 0)
+        yield from itertools.islice(indices, first, epoch_steps)
+
+
+class Progress(NamedTuple):
+    """What changes while a network is trained: all that a checkpoint has to hold."""
+
+    params: nn.Tree
+    state: nn.Tree  # of the optimiser
+    best: nn.Tree  # the params that are kept
+    best_score: np.ndarray  # ()
+    step: np.ndarray  # (): how many were taken
+    sums: np.ndarray  # (3,): loss, accuracy or error, number of the images since the last report
+    rows: np.ndarray  # (reports, columns)
+
+
+def columns(experiment: Experiment) -> list[str]:
+    """The names of what a report says."""
+    names = ["loss", experiment.task.name]
+    if len(experiment.data["x_validation"]):
+        names += [f"validation_{name}" for name in names]
+    return ["epoch", "step", *names]
+
+
+def begin(experiment: Experiment, optimizer: nn.Optimizer, params: nn.Tree) -> Progress:
+    """The progress before the first step."""
+    rows = np.zeros((0, len(columns(experiment))))
+    state = optimizer.init(params)
+    return Progress(params, state, params, np.array(-math.inf), np.array(0), np.zeros(3), rows)
 
 
 def take_step(
-    experiment: Experiment,
-    optimizer: nn.Optimizer,
-    params: nn.Tree,
-    state: nn.Tree,
-    step: int,
-    index: np.ndarray,
-) -> tuple[nn.Tree, nn.Tree, np.ndarray]:
-    """(params, state, [loss, accuracy or error] of the batch) after one step of the training."""
+    experiment: Experiment, optimizer: nn.Optimizer, progress: Progress, index: np.ndarray
+) -> Progress:
+    """The progress after one more step, with the images of these numbers."""
     options, _, data, task, net = experiment
+    step = int(progress.step)
     batch, target = data["x_train"][index], data["y_train"][index]
     augment, only = choose_augmentation(options), getattr(options, "train_only", None)
     if augment:
         batch = augment((options.seed, 4, step), batch)
-    output, cache = net.forward(in_training(params, (options.seed, 2, step), only), batch)
+    params = in_training(progress.params, (options.seed, 2, step), only)
+    output, cache = net.forward(params, batch)
     loss, doutput = task.loss(output, target)
     if not math.isfinite(loss):
-        raise ValueError(f"the loss became {loss} in step {step}; try a lower --lr")
+        where = first_not_finite(net, params, batch)
+        raise ValueError(f"the loss became {loss} in step {step}: {where}; try a lower --lr")
     if options.reduction == "sum":
         doutput = doutput * len(batch)
     _, grads = net.backward(params, cache, doutput, need_dx=False)
     if only is not None:
         grads = {name: grads[name] for name in only}
-    params, state = optimizer.step(params, grads, state)
-    params = nn.update_statistics(params, cache)
-    return params, state, np.array([loss, task.measure(output, target)])
+    params, state = optimizer.step(progress.params, grads, progress.state)
+    measured = np.array([loss, task.measure(output, target), 1]) * len(index)
+    return progress._replace(
+        params=nn.update_statistics(params, cache),
+        state=state,
+        step=progress.step + 1,
+        sums=progress.sums + measured,
+    )
+
+
+def first_not_finite(net: nn.Layer, params: nn.Tree, batch: np.ndarray) -> str:
+    """Where it began: the first layer whose weights or output are not finite."""
+    layers: dict[str, nn.Layer] = {}
+    for name, layer in layers_of(net).items():
+        own = nn.tree_flatten({name: params.get(name, {})})
+        for entry, array in own.items():
+            if not np.isfinite(array).all():
+                return f"{entry} is not finite, so its gradient was not"
+        layers[name] = layer
+        known = {key: value for key, value in params.items() if key in layers or key == "key"}
+        output, _ = nn.sequential(**layers).forward(known, batch)
+        if not np.isfinite(output).all():
+            return f"the output of {name} is not finite"
+    return "every output is finite"
 
 
 def validate(experiment: Experiment, params: nn.Tree, part: str) -> tuple[float, float]:
@@ -910,79 +980,213 @@ def validate(experiment: Experiment, params: nn.Tree, part: str) -> tuple[float,
     return task.loss(output, data[f"y_{part}"])[0], task.measure(output, data[f"y_{part}"])
 
 
-def train(experiment: Experiment, params: nn.Tree) -> tuple[nn.Tree, list[dict[str, float]]]:
-    """Train, report as often as asked, and give the best params and all that was measured.
-
-    The best ones have the best accuracy or error in validation; without it they are the last.
-    """
+def report(experiment: Experiment, progress: Progress) -> Progress:
+    """The progress with one more row, and with the best params so far."""
     options, _, data, task, _ = experiment
-    count = len(data["x_train"])
+    epoch_steps = count_steps(len(data["x_train"]), options.batch_size)
+    step = int(progress.step)
+    row = [(step - 1) // epoch_steps + 1, step, *(progress.sums[:2] / progress.sums[2])]
+    score = float(step)
+    if len(data["x_validation"]):
+        row += validate(experiment, progress.params, "validation")
+        score = task.better * row[-1]
+        if options.schedule == "plateau":
+            progress = progress._replace(
+                state=lower_rate(options, progress.state, row[-2], epoch_steps)
+            )
+    if score > progress.best_score:
+        progress = progress._replace(best=progress.params, best_score=np.array(score))
+    return progress._replace(sums=np.zeros(3), rows=np.vstack([progress.rows, row]))
+
+
+def check_finite(progress: Progress) -> None:
+    """ValueError for params that are not finite: such ones are never kept."""
+    for name, array in nn.tree_flatten(progress.params).items():
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"{name} is not finite after step {progress.step}, so its gradient was not;"
+                " try a lower --lr"
+            )
+
+
+class Stop:
+    """While this is entered, Ctrl-C asks for a stop after the step; the second one is at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before: Any = None
+
+    def __enter__(self) -> Stop:
+        with contextlib.suppress(ValueError):  # only the main thread may
+            self.before = signal.signal(signal.SIGINT, self.ask)
+        return self
+
+    def ask(self, *_: object) -> None:
+        """What Ctrl-C does."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+
+def train(experiment: Experiment, optimizer: nn.Optimizer, progress: Progress) -> Progress:
+    """Train to the end; report, and keep what there is, as often as asked."""
+    options, data = experiment.options, experiment.data
+    count, first = len(data["x_train"]), int(progress.step)
     epoch_steps = count_steps(count, options.batch_size)
     report_steps = getattr(options, "report_every", epoch_steps)
+    checkpoint_steps = getattr(options, "checkpoint_every", epoch_steps)
     total_steps = options.epochs * epoch_steps
-    optimizer = choose_optimizer(options, epoch_steps)
-    state = optimizer.init(params)
-    best, best_score, rows = params, -math.inf, []
+    folder = getattr(options, "out", "")
+    of = identity(experiment) if folder else {}
     line, started = MovingLine(), time.monotonic()
-    sums, seen, since = np.zeros(2), 0, started
-    for step, (epoch, index) in enumerate(step_images(count, options), start=1):
-        params, state, measured = take_step(experiment, optimizer, params, state, step - 1, index)
-        sums, seen, now = sums + measured * len(index), seen + len(index), time.monotonic()
-        row: dict[str, float] = {"epoch": epoch, "step": step}
-        row |= zip(("loss", task.name), (sums / seen).tolist(), strict=True)
-        speed = f"{seen / (now - since):,.0f} samples/s"
-        if step % report_steps and step < total_steps:
-            if line.is_due():
-                left = (now - started) / step * (total_steps - step)
-                line.show(f"{progress(row, options, task, ['loss'])}  {speed}  {left:.0f} s left")
-            continue
-        score = float(step)
-        if len(data["x_validation"]):
-            held_out = validate(experiment, params, "validation")
-            row |= zip(("validation_loss", f"validation_{task.name}"), held_out, strict=True)
-            score = task.better * held_out[1]
-            if options.schedule == "plateau":
-                state = lower_rate(
-                    options, state, row["validation_loss"], epoch_steps / report_steps
-                )
-        rows.append(row)
-        if score > best_score:
-            best, best_score = params, score
-            keep(options, best)
-        line.end(f"{progress(row, options, task, list(row)[2:])}  {speed}")
-        sums, seen, since = np.zeros(2), 0, time.monotonic()
-    return best, rows
+    seen, since = 0, started
+    with Stop() as stop:
+        for index in step_images(count, options, first):
+            progress = take_step(experiment, optimizer, progress, index)
+            step, seen, now = int(progress.step), seen + len(index), time.monotonic()
+            speed = f"{seen / (now - since):,.0f} samples/s"
+            reports = step % report_steps == 0 or step == total_steps
+            saves = step % epoch_steps == 0 or step % checkpoint_steps == 0 or stop.asked
+            if reports or saves:
+                check_finite(progress)
+            if reports:
+                progress = report(experiment, progress)
+                row = dict(zip(columns(experiment), progress.rows[-1].tolist(), strict=True))
+                line.end(f"{said(row, experiment)}  {speed}")
+                keep(experiment, progress)
+                seen, since = 0, time.monotonic()
+            elif line.is_due():
+                loss = progress.sums[0] / progress.sums[2]
+                epoch = (step - 1) // epoch_steps + 1
+                left = (now - started) / (step - first) * (total_steps - step)
+                text = said({"epoch": epoch, "step": step, "loss": loss}, experiment)
+                line.show(f"{text}  {speed}  {left:.0f} s left")
+            if folder and saves:
+                write_checkpoint(folder, progress, of)
+            if stop.asked:
+                line.end()
+                then = "with --out it could be gone on with"
+                if folder:
+                    then = "the same command with --resume goes on from there"
+                raise KeyboardInterrupt(f"interrupted after step {step} of {total_steps}; {then}")
+    return progress
 
 
 def lower_rate(
-    options: argparse.Namespace, state: nn.Tree, loss: float, reports_per_epoch: float
+    options: argparse.Namespace, state: nn.Tree, loss: float, epoch_steps: int
 ) -> nn.Tree:
     """--schedule plateau: the optimiser's state after a look at the validation images."""
     (wait,) = getattr(options, "lr_epochs", [2])
-    patience = max(round(wait * reports_per_epoch), 1)
+    patience = max(round(wait * epoch_steps / getattr(options, "report_every", epoch_steps)), 1)
     return nn.reduce_on_plateau(state, loss, getattr(options, "lr_factor", 0.5), patience)
 
 
-def progress(
-    row: dict[str, float], options: argparse.Namespace, task: Task, names: Sequence[str]
-) -> str:
+def said(row: dict[str, float], experiment: Experiment) -> str:
     """What is printed of a report."""
-    numbers = [f"{name.replace('_', ' ')} {row[name]:.{task.digits}f}" for name in names]
-    return "  ".join([f"epoch {row['epoch']}/{options.epochs}", *numbers])
+    epoch, _, *names = row
+    numbers = [f"{n.replace('_', ' ')} {row[n]:.{experiment.task.digits}f}" for n in names]
+    return "  ".join([f"epoch {row[epoch]:.0f}/{experiment.options.epochs}", *numbers])
 
 
-def keep(options: argparse.Namespace, params: nn.Tree) -> None:
-    """Write the model, if --out asks for it."""
-    if hasattr(options, "out"):
-        nn.save(os.path.join(options.out, "model.npz"), params)
+def keep(experiment: Experiment, progress: Progress) -> None:
+    """Write metrics.csv, and model.npz if this report is of the best params, if --out asks."""
+    if not hasattr(experiment.options, "out"):
+        return
+    folder = experiment.options.out
+    if progress.best is progress.params:
+        nn.save(os.path.join(folder, "model.npz"), progress.best)
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(columns(experiment))
+    for epoch, step, *numbers in progress.rows.tolist():
+        writer.writerow([int(epoch), int(step), *numbers])
+    with nn.replacing(os.path.join(folder, "metrics.csv")) as file:
+        file.write(table.getvalue().encode())
 
 
-def write_metrics(path: str, rows: list[dict[str, float]]) -> None:
-    """One line a report, in their order."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def identity(experiment: Experiment) -> dict[str, Any]:
+    """What a training must share with a checkpoint to go on from it: options and data."""
+    chosen = vars(experiment.options).items()
+    options = {name: value for name, value in chosen if name not in NOT_OF_THE_RESULT}
+    digest = hashlib.sha256()
+    for name in ("x_train", "y_train", "x_validation", "y_validation"):
+        digest.update(np.ascontiguousarray(experiment.data[name]).data)
+    return json.loads(json.dumps({**options, "the data": digest.hexdigest()}))
+
+
+def write_checkpoint(folder: str, progress: Progress, of: dict[str, Any]) -> None:
+    """Write checkpoint.npz, of a training with this identity."""
+    written = np.frombuffer(json.dumps(of).encode(), np.uint8)
+    nn.save(os.path.join(folder, "checkpoint.npz"), {**progress._asdict(), "of": written})
+
+
+def read_checkpoint(experiment: Experiment, progress: Progress) -> Progress:
+    """The progress in checkpoint.npz; the one that is given where there is no such file.
+
+    ValueError for a file that is damaged, or of a training with other options or data.
+    """
+    path = os.path.join(experiment.options.out, "checkpoint.npz")
+    if not os.path.exists(path):
+        return progress
+    tree = nn.load(path)
+    try:
+        check_identity(json.loads(tree.pop("of").tobytes()), identity(experiment))
+        resumed = Progress(**tree)
+        for name, kind in kinds(progress).items():
+            if kinds(resumed).get(name) != kind:
+                raise ValueError(f"{name} is {kinds(resumed).get(name)}, expected {kind}")
+        count, options = len(experiment.data["x_train"]), experiment.options
+        if not 0 <= resumed.step <= options.epochs * count_steps(count, options.batch_size):
+            raise ValueError(f"it is of step {resumed.step}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: cannot be resumed: {error}") from None
+    return resumed
+
+
+def check_identity(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """ValueError if a checkpoint is of other options or data than these."""
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) == now.get(name):
+            continue
+        if name == "the data":
+            raise ValueError("it is of another training: the data are others")
+        before, after = (json.dumps(own[name]) if name in own else "default" for own in (then, now))
+        flag = f"--{name.replace('_', '-')}"
+        raise ValueError(f"it is of another training: {flag} {before} then, {after} now")
+
+
+def kinds(progress: Progress) -> dict[str, tuple]:
+    """{entry: (dtype, shape)} of all that a checkpoint holds, whatever the number of reports."""
+    flat = nn.tree_flatten(progress._replace(rows=progress.rows[:0])._asdict())
+    return {name: (str(np.asarray(leaf).dtype), np.shape(leaf)) for name, leaf in flat.items()}
+
+
+@contextlib.contextmanager
+def only_run(folder: str) -> Iterator[None]:
+    """While this is entered, no other run writes into the folder: there it is a ValueError.
+
+    The system lets go of the lock when the process ends, however it ends. What a killed run left
+    half written is removed.
+    """
+    with open(os.path.join(folder, "lock"), "ab") as file:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{folder}: another run is writing into this folder") from None
+        for left in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):
+            os.remove(left)
+        yield
 
 
 def first_params(experiment: Experiment) -> nn.Tree:
@@ -1041,6 +1245,15 @@ def describe(experiment: Experiment, origin: str, parameters: int) -> str:
 
 def run(options: argparse.Namespace, setting: dict[str, str], build: Build, draw: Draw) -> None:
     """Everything from the data to the last line."""
+    check_options(options)
+    with only_run(options.out) if hasattr(options, "out") else contextlib.nullcontext():
+        run_alone(options, setting, build, draw)
+
+
+def run_alone(
+    options: argparse.Namespace, setting: dict[str, str], build: Build, draw: Draw
+) -> None:
+    """The same, with the folder of --out to itself."""
     started = time.monotonic()
     experiment, origin = set_up(options, setting, build)
     params = first_params(experiment)
@@ -1048,18 +1261,23 @@ def run(options: argparse.Namespace, setting: dict[str, str], build: Build, draw
     if options.summary:
         print(summary(experiment.net, params, trained, experiment.data["x_train"][:1]))
     print(describe(experiment, origin, nn.count_parameters(trained)), flush=True)
+    steps = count_steps(len(experiment.data["x_train"]), options.batch_size)
+    optimizer = choose_optimizer(options, steps)
+    progress = begin(experiment, optimizer, params)
+    if options.resume:
+        progress = read_checkpoint(experiment, progress)
     if hasattr(options, "out"):
-        with open(os.path.join(options.out, "options.json"), "w", encoding="utf-8") as file:
-            json.dump(setting, file, indent=1)
-    best, rows = train(experiment, params)
-    if hasattr(options, "out") and rows:
-        write_metrics(os.path.join(options.out, "metrics.csv"), rows)
+        with nn.replacing(os.path.join(options.out, "options.json")) as file:
+            file.write(json.dumps(setting, indent=1).encode())
+    with np.errstate(all="ignore"):  # a loss that is not finite is an error of its own
+        progress = train(experiment, optimizer, progress)
     if hasattr(options, "plot"):
         folder = picture_folder(options)
-        if rows:
+        if len(progress.rows):
+            rows = [dict(zip(columns(experiment), row, strict=True)) for row in progress.rows]
             plot_curves(os.path.join(folder, "curves.png"), {"": rows}, as_text(setting))
-        draw(folder, experiment, best)
-    loss, measured = validate(experiment, best, "test")
+        draw(folder, experiment, progress.best)
+    loss, measured = validate(experiment, progress.best, "test")
     task = experiment.task
     print(
         f"test_{task.name}={measured:.{task.digits}f} test_loss={loss:.{task.digits}f}"
@@ -1081,8 +1299,8 @@ def guarded(name: str, function: Callable[[], None]) -> int:
     """The exit code of a script: a user's mistake is one line, not a traceback."""
     try:
         function()
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{name}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError) as error:
         print(f"{name}: error: {str(error) or 'not enough memory'}", file=sys.stderr)
