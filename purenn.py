@@ -250,7 +250,10 @@ def tree_flatten(tree: Tree) -> dict[str, Any]:
 
 
 def tree_unflatten(flat: dict[str, Any]) -> Tree:
-    """The inverse of `tree_flatten`. ValueError where one name is both a leaf and a branch."""
+    """The inverse of `tree_flatten`.
+
+    ValueError where one name is both a leaf and a branch, or nested deeper than 100.
+    """
     if not isinstance(flat, dict):
         raise TypeError(f"tree_unflatten: flat must be a dict, got {_kind(flat)}")
     tree: Tree = {}
@@ -258,6 +261,8 @@ def tree_unflatten(flat: dict[str, Any]) -> Tree:
         if not isinstance(path, str):
             raise TypeError(f"tree_unflatten: names must be strings, got {path!r}")
         *branches, name = path.split("/")
+        if len(branches) > 100:  # what follows a tree from outside shall not run out of stack
+            raise ValueError(f"tree_unflatten: {path[:50]!r}... is nested deeper than 100")
         node = tree
         for branch in branches:
             node = node.setdefault(branch, {})
@@ -3019,16 +3024,21 @@ def save(path: str | os.PathLike, tree: Tree) -> None:
     """Write a tree of arrays to a file that `load` and `np.load` read (.npz, uncompressed).
 
     The file is written beside `path` and then renamed, so that an older one is never lost.
-    TypeError for leaves that are not arrays of numbers, OSError if it cannot be written.
+    TypeError for leaves that are not arrays of numbers, ValueError for a name with NUL in it or of
+    more than 65,000 bytes, OSError if it cannot be written.
     """
     import zipfile
 
     flat = tree_flatten(tree)
     for name, leaf in flat.items():
-        if not isinstance(leaf, (np.ndarray, np.generic)) or leaf.dtype.kind not in "biuf":
+        if (
+            not isinstance(leaf, (np.ndarray, np.generic))
+            or isinstance(leaf, np.ma.MaskedArray)
+            or leaf.dtype.kind not in "biuf"
+        ):
             raise TypeError(f"save: {name!r} must be an array of numbers, got {_kind(leaf)}")
-        if "\0" in name:
-            raise ValueError(f"save: a name must not contain NUL, got {name!r}")
+        if "\0" in name or len(name.encode()) > 65_000:
+            raise ValueError(f"save: a name must be short and without NUL, got {name[:50]!r}")
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, leaf in flat.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -3162,17 +3172,20 @@ def _find_parts(path: str) -> dict[str, Array]:
 
 
 def _as_images(array: Array) -> Array:
-    """(N, H, W), (N, H, W, C) or (N, C, H, W) as float32 (N, C, H, W); whole numbers over 255."""
+    """(N, H, W), (N, H, W, C) or (N, C, H, W) as float32 (N, C, H, W); whole numbers over 255.
+
+    C is 1, 3 or, with an opacity that is left as it is, 4.
+    """
     if array.ndim == 3:
         array = array[:, None]
     if array.ndim != 4 or 0 in array.shape:
         raise ValueError(f"images must be (N, H, W), (N, H, W, C) or (N, C, H, W): {array.shape}")
-    if array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
+    if array.shape[1] not in (1, 3) and array.shape[3] in (1, 3, 4):
         array = array.transpose(0, 3, 1, 2)
     images = np.ascontiguousarray(array, np.float32)
     if not np.isfinite(images).all():
         raise ValueError("images must be finite")
-    return images if array.dtype.kind == "f" else images / np.float32(255)
+    return images if array.dtype.kind in "fb" else images / np.float32(255)
 
 
 def read_dataset(path: str | os.PathLike) -> dict[str, Array]:

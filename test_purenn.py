@@ -1454,6 +1454,9 @@ def test_malformed_trees_are_refused():
     for bad in ({"a": 1, "a/b": 2}, {"a/b": 2, "a": 1}, {"a//b": 1}, {"": 1}, {"a/": 1}, {"/a": 1}):
         with pytest.raises(ValueError, match="is malformed or clashes"):
             nn.tree_unflatten(bad)
+    assert nn.tree_flatten(nn.tree_unflatten({"a/" * 100 + "b": 1})) == {"a/" * 100 + "b": 1}
+    with pytest.raises(ValueError, match=r"'a/a/.*'\.\.\. is nested deeper than 100"):
+        nn.tree_unflatten({"a/" * 101 + "b": 1})
     for function in (nn.tree_flatten, nn.tree_unflatten):
         with pytest.raises(TypeError, match="must be a dict, got list"):
             function([])
@@ -3167,11 +3170,15 @@ def test_save_refuses_what_load_would_not_read(tmp_path):
         np.array(["text"]),
         np.array([None]),
         np.ones(2, complex),
+        np.ma.masked_array([1.0, 2.0], [True, False]),
     ):
         with pytest.raises(TypeError, match="save: 'net/W' must be an array of numbers, got"):
             nn.save(tmp_path / "x", {"net": {"W": bad}})
     with pytest.raises(TypeError, match="must be a dict"):
         nn.save(tmp_path / "x", np.ones(3))
+    for name in ("a\0b", "ä" * 33_000):
+        with pytest.raises(ValueError, match="save: a name must be short and without NUL"):
+            nn.save(tmp_path / "x", {"net": {name: np.ones(1)}})
     assert os.listdir(tmp_path) == []
 
 
@@ -3443,15 +3450,20 @@ def test_a_keras_style_archive_is_a_data_set(tmp_path, save, by):
 
 @pytest.mark.parametrize(
     ("shape", "channels"),
-    [((4, 5), 1), ((4, 5, 1), 1), ((4, 5, 3), 3), ((1, 4, 5), 1), ((3, 4, 5), 3), ((3, 4, 3), 3)],
+    [
+        *(((4, 5), 1), ((4, 5, 1), 1), ((4, 5, 3), 3), ((1, 4, 5), 1), ((3, 4, 5), 3)),
+        *(((3, 4, 3), 3), ((5, 6, 4), 4), ((4, 5, 6), 0), ((4, 7, 3), 3)),  # 0: they are first
+    ],
 )
-@pytest.mark.parametrize("kind", [np.uint8, np.int64, np.float64])
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, np.float64, np.bool_])
 def test_images_of_any_layout_become_channels_first(tmp_path, shape, channels, kind):
     images, labels = digits(6, shape)
     first = images.reshape(6, 1, 4, 5) if channels == 1 else images
-    if channels == 3 and shape[0] != 3:
+    if channels >= 3 and shape[0] != 3:
         first = np.moveaxis(images, -1, 1)
     given_images = images.astype(kind) / 255 if kind == np.float64 else images.astype(kind)
+    if kind == np.bool_:  # true is white
+        first = 255 * (first != 0)
     arrays = {
         "x_train": given_images,
         "y_train": labels[:, None],
