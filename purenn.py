@@ -2745,10 +2745,15 @@ def data_parallel(
 
 
 def accuracy(logits: Array, labels: Array) -> float:
-    """The share of samples whose largest logit is their label's: logits (N, K), labels (N,)."""
+    """The share of samples whose largest logit is their label's: logits (N, K), labels (N,).
+
+    A sample with a logit that is nan is not right. Of equal logits the first one counts.
+    """
     _check_prediction("accuracy", "logits", logits, axes=2)
     _check_labels("accuracy", labels, *logits.shape)
-    return float(np.mean(logits.argmax(axis=1) == labels))
+    best = logits.argmax(axis=1)  # the first nan, where there is one
+    right = (best == labels) & ~np.isnan(logits[np.arange(len(best)), best])
+    return float(np.mean(right))
 
 
 def batches(count: int, size: int, key: Key) -> Iterator[Array]:

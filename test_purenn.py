@@ -2403,6 +2403,9 @@ def test_accuracy_is_the_share_of_right_ones():
     logits = np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]], np.float32)
     assert nn.accuracy(logits, np.array([1, 0, 0])) == 2 / 3
     assert type(nn.accuracy(logits, np.array([1, 0, 1], np.uint8))) is float
+    spoiled = np.array([[math.nan, 0, 1], [3, math.nan, 1], [0, 0, -1], [-1, math.inf, 0]])
+    assert nn.accuracy(spoiled, np.array([0, 1, 0, 1])) == 1 / 2
+    assert nn.accuracy(spoiled, np.array([2, 0, 1, 1])) == 1 / 4
 
 
 @given(data=st.data())
