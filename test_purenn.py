@@ -734,6 +734,9 @@ def test_batch_norm_refuses_what_has_no_variance_or_does_not_fit():
         layer.forward(nn.training(params, 0), np.ones((1, 3)))
     with pytest.raises(ValueError, match="batch_norm: training needs 2 values per channel, got 0"):
         layer.forward(nn.training(params, 0), np.ones((0, 3)))
+    with pytest.raises(ValueError, match="batch_norm: training needs 2 values per channel, got 0"):
+        nothing = {name: entry[:0] for name, entry in params.items()}
+        layer.forward(nn.training(nothing, 0), np.ones((3, 0)))
     assert layer.forward(nn.training(params, 0), np.ones((1, 3, 1, 2)))[0].shape == (1, 3, 1, 2)
     for shape in ((4,), (2, 3, 4), (2, 3, 4, 5, 6)):
         with pytest.raises(ValueError, match=r"x must be \(N, C\) or \(N, C, H, W\), got shape"):
@@ -1518,7 +1521,7 @@ def test_norms_and_clipping(seed, limit):
         original = nn.tree_flatten(grads)[path]
         np.testing.assert_allclose(leaf, original * scale, rtol=1e-6)
         assert leaf.dtype == original.dtype
-    assert nn.global_norm({}) == 0
+    assert nn.global_norm({}) == nn.global_norm({"a": np.zeros(3)}) == 0
     big = {"a": np.full(4, 1e30, np.float32)}
     assert nn.global_norm(big) == pytest.approx(2e30)
 
