@@ -734,8 +734,8 @@ def test_batch_norm_refuses_what_has_no_variance_or_does_not_fit():
         layer.forward(nn.training(params, 0), np.ones((1, 3)))
     with pytest.raises(ValueError, match="batch_norm: training needs 2 values per channel, got 0"):
         layer.forward(nn.training(params, 0), np.ones((0, 3)))
+    nothing = {name: entry[:0] for name, entry in params.items()}
     with pytest.raises(ValueError, match="batch_norm: training needs 2 values per channel, got 0"):
-        nothing = {name: entry[:0] for name, entry in params.items()}
         layer.forward(nn.training(nothing, 0), np.ones((3, 0)))
     assert layer.forward(nn.training(params, 0), np.ones((1, 3, 1, 2)))[0].shape == (1, 3, 1, 2)
     for shape in ((4,), (2, 3, 4), (2, 3, 4, 5, 6)):
