@@ -5411,11 +5411,9 @@ def test_curves_of_several_runs_as_a_picture(blob_file, tmp_path, monkeypatch):
 
 # --- checkpoints ---
 
-KEPT = ("model.npz", "metrics.csv", "checkpoint.npz", "options.json")
-
 
 def kept(folder):
-    return {name: pathlib.Path(folder, name).read_bytes() for name in KEPT}
+    return {name: pathlib.Path(folder, name).read_bytes() for name in train_mlp.KEPT}
 
 
 class Killed(BaseException):
@@ -5603,9 +5601,10 @@ def test_a_second_run_into_the_same_folder_is_refused(blob_file, tmp_path, capsy
 
 
 def test_what_a_killed_run_left_half_written_is_removed(blob_file, tmp_path):
-    (tmp_path / "checkpoint.npz.123.tmp").write_bytes(b"half")
+    for name in ("checkpoint.npz.123.tmp", "metrics.csv.4.tmp", "notes.tmp"):
+        (tmp_path / name).write_bytes(b"half")
     assert train_on(blob_file, "--out", str(tmp_path)) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {*KEPT, "lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {*train_mlp.KEPT, "lock", "notes.tmp"}
 
 
 def test_a_loss_that_is_not_finite_says_where_it_began(blob_file, tmp_path, monkeypatch, capsys):

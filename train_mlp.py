@@ -651,8 +651,10 @@ def read_images(folder: str, classes: list[str], size: int | None) -> tuple[np.n
 
 
 def read_image_folders(folder: str, size: int | None) -> dict[str, np.ndarray]:
-    """A data set of image files, in one sub-folder for each class; these in train/ and test/, or
-    by themselves, and then without test images."""
+    """A data set of image files, in one sub-folder for each class.
+
+    These stand in train/ and test/; or by themselves, and then there are no test images.
+    """
     parts = [part for part in ("train", "test") if part in sub_folders(folder)]
     folders = {part: os.path.join(folder, part) for part in parts} or {"train": folder}
     if "train" not in folders:
@@ -1085,6 +1087,9 @@ def lower_rate(
     return nn.reduce_on_plateau(state, loss, getattr(options, "lr_factor", 0.5), patience)
 
 
+KEPT = ("model.npz", "metrics.csv", "options.json", "checkpoint.npz")  # in --out
+
+
 def said(row: dict[str, float], experiment: Experiment) -> str:
     """What is printed of a report."""
     epoch, _, *names = row
@@ -1184,8 +1189,9 @@ def only_run(folder: str) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(f"{folder}: another run is writing into this folder") from None
-        for left in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):
-            os.remove(left)
+        for name in KEPT:
+            for left in glob.glob(os.path.join(glob.escape(folder), f"{name}.*.tmp")):
+                os.remove(left)
         yield
 
 
