@@ -4614,8 +4614,8 @@ def blob_file(tmp_path_factory):
 
 def mlp_experiment(*arguments):
     """What train_mlp.py makes of a command line before it trains."""
-    parsed = train_mlp.parse(train_mlp.command_line(), arguments)
-    return train_mlp.set_up(*parsed, train_mlp.build_mlp)[0]
+    options, _ = train_mlp.parse(train_mlp.command_line(), arguments)
+    return train_mlp.set_up(options, train_mlp.build_mlp)[0]
 
 
 def train_on(blob_file, *arguments):
@@ -5206,7 +5206,7 @@ def test_a_last_layer_that_does_not_fit_begins_anew_where_it_is_trained(blob_fil
     assert train_on(blob_file, "--out", out) == 0
     model = os.path.join(out, "model.npz")
     own = mlp_experiment("--data", blob_file, "--hidden", "8")
-    other = train_mlp.Experiment(*own[:4], train_mlp.build_mlp(own.options, 7))
+    other = train_mlp.Experiment(*own[:3], train_mlp.build_mlp(own.options, 7))
     params = train_mlp.first_params(other)
     started = train_mlp.start_from(model, params, ["out"])
     assert started["out"] is params["out"]

@@ -811,7 +811,6 @@ class Experiment(NamedTuple):
     """What does not change while a network is trained."""
 
     options: argparse.Namespace
-    setting: dict[str, str]  # as `parse` gives it
     data: dict[str, np.ndarray]
     task: Task
     net: nn.Layer
@@ -932,7 +931,7 @@ def take_step(
     experiment: Experiment, optimizer: nn.Optimizer, progress: Progress, index: np.ndarray
 ) -> Progress:
     """The progress after one more step, with the images of these numbers."""
-    options, _, data, task, net = experiment
+    options, data, task, net = experiment
     step = int(progress.step)
     batch, target = data["x_train"][index], data["y_train"][index]
     augment, only = choose_augmentation(options), getattr(options, "train_only", None)
@@ -984,7 +983,7 @@ def validate(experiment: Experiment, params: nn.Tree, part: str) -> tuple[float,
 
 def report(experiment: Experiment, progress: Progress) -> Progress:
     """The progress with one more row, and with the best params so far."""
-    options, _, data, task, _ = experiment
+    options, data, task, _ = experiment
     epoch_steps = count_steps(len(data["x_train"]), options.batch_size)
     step = int(progress.step)
     row = [(step - 1) // epoch_steps + 1, step, *(progress.sums[:2] / progress.sums[2])]
@@ -1212,7 +1211,7 @@ def first_params(experiment: Experiment) -> nn.Tree:
 
 def trained_entries(experiment: Experiment, params: nn.Tree) -> nn.Tree:
     """The gradients of a first batch: which entries of params are trained, and their sizes."""
-    _, _, data, task, net = experiment
+    _, data, task, net = experiment
     x, y = data["x_train"][:2], data["y_train"][:2]
     _, grads, _ = nn.value_and_grad(net, task.loss)(nn.training(params, 0), x, y)
     only = getattr(experiment.options, "train_only", grads)
@@ -1223,9 +1222,7 @@ Build = Callable[[argparse.Namespace, int], nn.Layer]  # (options, outputs) -> n
 Draw = Callable[[str, "Experiment", nn.Tree], None]  # (folder, experiment, params) -> pictures
 
 
-def set_up(
-    options: argparse.Namespace, setting: dict[str, str], build: Build
-) -> tuple[Experiment, str]:
+def set_up(options: argparse.Namespace, build: Build) -> tuple[Experiment, str]:
     """Data, task and network of the options, and a word on where the data come from."""
     check_options(options)
     data, origin = get_data(options)
@@ -1233,7 +1230,7 @@ def set_up(
     if options.schedule == "plateau" and not len(data["x_validation"]):
         raise ValueError("--schedule plateau needs validation images, but --validation is 0")
     task = choose_task(options, data)
-    return Experiment(options, setting, data, task, build(options, task.outputs)), origin
+    return Experiment(options, data, task, build(options, task.outputs)), origin
 
 
 def describe(experiment: Experiment, origin: str, parameters: int) -> str:
@@ -1261,7 +1258,7 @@ def run_alone(
 ) -> None:
     """The same, with the folder of --out to itself."""
     started = time.monotonic()
-    experiment, origin = set_up(options, setting, build)
+    experiment, origin = set_up(options, build)
     params = first_params(experiment)
     trained = trained_entries(experiment, params)
     if options.summary:
