@@ -21,6 +21,7 @@ import pathlib
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -4633,7 +4634,8 @@ def test_script_learns_the_built_in_digits_in_a_process_of_its_own(tmp_path):
         "digits drawn by purenn: 10,800 training, 1,200 validation and 2,000 test images"
         " of 1x28x28, 10 classes; 25,482 parameters to train"
     )
-    assert [line.split("  ")[0] for line in lines[1:-1]] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    assert lines[1].startswith("every batch in 1 shard, computed by 1 worker; threads of BLAS: ")
+    assert [line.split("  ")[0] for line in lines[2:-1]] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
     accuracy = float(LAST_LINE.fullmatch(lines[-1])[1])
     assert accuracy > 0.9
     params = nn.load(tmp_path / "out" / "model.npz")
@@ -4998,7 +5000,7 @@ def test_progress_is_one_moving_line_on_a_terminal(blob_file, monkeypatch, capsy
         assert train_on(blob_file) == 0
     assert re.search(r"\repoch 1/2  loss \d\.\d{4}  [\d,]+ samples/s  \d+ s left", terminal.text)
     lines = [line.rpartition("\r")[2] for line in terminal.text.split("\n")]
-    assert [line.split("  ")[0] for line in lines[1:-2]] == ["epoch 1/2", "epoch 2/2"]
+    assert [line.split("  ")[0] for line in lines[2:-2]] == ["epoch 1/2", "epoch 2/2"]
     assert LAST_LINE.fullmatch(lines[-2])
     assert train_on(blob_file) == 0
     assert "\r" not in capsys.readouterr().out
@@ -5222,7 +5224,7 @@ def test_reports_come_as_often_as_asked_and_at_the_end(blob_file, tmp_path, caps
         rows = list(csv.DictReader(file))
     assert [(row["epoch"], row["step"]) for row in rows] == [("1", "10"), ("2", "20"), ("2", "24")]
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[1:-1]] == ["epoch 1/2", "epoch 2/2", "epoch 2/2"]
+    assert [line.split("  ")[0] for line in lines[2:-1]] == ["epoch 1/2", "epoch 2/2", "epoch 2/2"]
 
 
 def test_a_report_is_of_the_steps_since_the_last_one(blob_file, tmp_path, monkeypatch):
@@ -5872,6 +5874,299 @@ def test_plots_of_a_cnn(blob_file, tmp_path, monkeypatch):
         assert {path.name for path in pathlib.Path(folder).iterdir()} == names
         for name in names:
             assert (tmp_path / folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+# --- cores and machines ---
+
+
+class FakeRank:
+    """One rank of a communicator whose ranks are threads."""
+
+    def __init__(self, rank, barrier, values):
+        self.rank, self.barrier, self.values = rank, barrier, values
+
+    def Get_rank(self):
+        return self.rank
+
+    def Get_size(self):
+        return len(self.values)
+
+    def allgather(self, value):
+        self.values[self.rank] = value
+        self.barrier.wait(10)
+        values = list(self.values)
+        self.barrier.wait(10)
+        return values
+
+    def Allreduce(self, own, total):
+        assert own.dtype == total.dtype
+        total[...] = sum(self.allgather(own))
+
+
+def on_ranks(count, work):
+    """[work(communicator) of every rank]."""
+    barrier, values = threading.Barrier(count), [None] * count
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, [FakeRank(rank, barrier, values) for rank in range(count)]))
+
+
+@pytest.fixture(scope="module")
+def shared_experiment(blob_file):
+    """An experiment in which all that can depend on a shard does."""
+    options = ["--hidden", "6", "--dropout", "0.5", "--augment", "shift=1", "--data", blob_file]
+    return mlp_experiment(*options)
+
+
+@given(
+    ranks=st.integers(1, 4),
+    more=st.integers(0, 3),
+    images=st.integers(2, 20),
+    reduction=st.sampled_from(["mean", "sum"]),
+)
+def test_ranks_compute_what_one_process_does_with_as_many_shards(
+    shared_experiment, ranks, more, images, reduction
+):
+    options = argparse.Namespace(**{**vars(shared_experiment.options), "reduction": reduction})
+    experiment = shared_experiment._replace(options=options)
+    team, index = train_mlp.Team(shards=ranks + more), np.arange(images)
+    optimizer = nn.sgd(0.1)
+    progress = train_mlp.begin(experiment, optimizer, train_mlp.first_params(experiment))
+
+    def moved(communicator):
+        own = experiment._replace(team=team._replace(communicator=communicator))
+        return train_mlp.take_step(own, optimizer, progress, index)
+
+    alone = nn.tree_flatten(moved(None)._asdict())
+    first, *others = on_ranks(ranks, moved)
+    for name, leaf in nn.tree_flatten(first._asdict()).items():
+        assert leaf.dtype == alone[name].dtype
+        np.testing.assert_allclose(leaf, alone[name], rtol=2e-4, atol=2e-5)
+    assert all(all_bytes(own._asdict()) == all_bytes(first._asdict()) for own in others)
+    assert not np.array_equal(first.params["hidden1"]["W"], progress.params["hidden1"]["W"])
+
+
+@given(ranks=st.integers(1, 4), images=st.integers(1, 900))
+def test_ranks_predict_what_one_process_does(shared_experiment, ranks, images):
+    net = nn.sequential(flatten=nn.flatten(), out=nn.linear(3))
+    params, _ = net.init(0, (1, 2, 2))
+    x = np.random.default_rng(0).normal(size=(images, 1, 2, 2))
+    expected = net.forward(params, x)[0]
+    predict = partial(train_mlp.predict, net, params, x)
+    np.testing.assert_allclose(predict(), expected)
+    results = on_ranks(ranks, lambda own: predict(train_mlp.Team(communicator=own)))
+    assert all(result.tobytes() == predict().tobytes() for result in results)
+
+
+def test_one_rank_that_is_asked_to_stop_stops_all():
+    def stops(own, asked):
+        return train_mlp.any_rank(train_mlp.Team(3, communicator=own), asked[own.rank])
+
+    assert train_mlp.any_rank(train_mlp.Team(), True) is True
+    for asked in itertools.product([False, True], repeat=3):
+        assert on_ranks(3, partial(stops, asked=asked)) == [any(asked)] * 3
+
+
+def test_ranks_with_other_data_or_options_are_found(shared_experiment):
+    def check(own, names=("x_train",)):
+        data = dict(shared_experiment.data)
+        if own.rank == 2:
+            data |= {name: data[name] + 1 for name in names}
+        experiment = shared_experiment._replace(data=data)
+        train_mlp.check_same(train_mlp.Team(3, communicator=own), experiment)
+
+    with pytest.raises(ValueError, match="rank 2 does not do what rank 0 does: .* data are others"):
+        on_ranks(3, check)
+    on_ranks(3, partial(check, names=()))
+    train_mlp.check_same(train_mlp.Team(), shared_experiment)
+
+
+@pytest.mark.parametrize("script", ["mlp", "cnn"])
+def test_the_result_depends_on_the_shards_and_not_on_the_workers(
+    script, blob_file, tmp_path, capsys
+):
+    start = {"mlp": train_on, "cnn": train_cnn_on}[script]
+    results = {}
+    for shards, workers in ((3, 1), (3, 2), (3, 3), (1, 1)):
+        out = tmp_path / f"{shards}-{workers}"
+        options = ["--shards", str(shards), "--workers", str(workers), "--augment"]
+        assert start(blob_file, *options, "--out", str(out)) == 0
+        line = f"{shards} shards, computed by {workers} worker".replace("1 shards", "1 shard")
+        assert line in capsys.readouterr().out
+        results[shards, workers] = kept(out)
+    assert results[3, 1] == results[3, 2] == results[3, 3]
+    assert results[3, 1]["model.npz"] != results[1, 1]["model.npz"]
+
+
+def test_by_default_the_cnn_has_two_shards_and_the_mlp_one(blob_file, tmp_path):
+    for start, shards in ((train_on, "1"), (train_cnn_on, "2")):
+        for name, options in (("default", []), ("chosen", ["--shards", shards])):
+            assert start(blob_file, *options, "--out", str(tmp_path / name)) == 0
+        chosen, default = kept(tmp_path / "chosen"), kept(tmp_path / "default")
+        assert chosen["model.npz"] == default["model.npz"]
+
+
+def test_a_network_with_batch_norm_learns_from_shards_of_few_images(blob_file, capsys):
+    assert train_on(blob_file, "--shards", "9", "--validation", "0", "--batch-size", "66") == 0
+    assert "computed by" in capsys.readouterr().out
+
+
+def test_a_checkpoint_says_with_which_shards_it_was_written(blob_file, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    assert train_on(blob_file, *out) == 0
+    assert train_on(blob_file, *out, "--resume") == 0
+    assert "shards a batch" not in capsys.readouterr().out
+    assert train_on(blob_file, *out, "--resume", "--shards", "2") == 0
+    assert "written with 1 shards a batch, so what follows will differ" in capsys.readouterr().out
+
+
+def test_workers_without_shards_are_refused(blob_file, capsys):
+    assert train_cnn_on(blob_file, "--workers", "3") == 2
+    assert (
+        "error: --workers 3 is too many: each process has 2 of the 2 shards (--shards)\n"
+        in capsys.readouterr().err
+    )
+
+
+def test_mpi_without_mpi4py_says_what_to_install(blob_file, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    assert train_on(blob_file, "--mpi") == 2
+    errors = capsys.readouterr().err
+    assert "error: --mpi needs mpi4py and an MPI: pip install mpi4py mpich" in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "environment", "threads"),
+    [
+        ("train_cnn.py", [], {}, 1),
+        ("train_mlp.py", ["--workers=1"], {}, 1),
+        ("train_mlp.py", ["--shards", "2"], {}, 1),
+        ("train_mlp.py", [], {}, None),
+        ("train_cnn.py", [], {"OMP_NUM_THREADS": "2"}, 2),
+        ("train_cnn.py", [], {"OPENBLAS_NUM_THREADS": "2"}, 2),
+    ],
+)
+def test_each_worker_has_one_thread_of_blas(script, options, environment, threads):
+    code = (
+        "import sys, os; sys.argv = sys.argv[1:]; import train_mlp; import numpy as np;"
+        "np.ones((300, 300)) @ np.ones((300, 300));"
+        "print([os.environ.get(name) for name in train_mlp.BLAS_THREADS]);"
+        "print(len(os.listdir('/proc/self/task')) if os.path.exists('/proc/self/task') else 0)"
+    )
+    inherited = {n: v for n, v in os.environ.items() if n not in train_mlp.BLAS_THREADS}
+    done = subprocess.run(
+        [sys.executable, "-c", code, script, *options],
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=True,
+    )
+    set_to, running = done.stdout.splitlines()
+    expected = list(environment.values()) or [str(threads)] * 4 * (threads is not None)
+    assert [value for value in ast.literal_eval(set_to) if value] == expected
+    if threads == 1:
+        assert int(running) <= 1  # those of BLAS would have been started by now
+
+
+def mpiexec(ranks, *arguments, **options):
+    """The finished job of so many ranks, each of which runs Python with these arguments."""
+    pytest.importorskip("mpi4py", reason="--mpi needs mpi4py, which is optional")
+    beside = pathlib.Path(sys.executable).parent / "mpiexec"
+    launcher = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if launcher is None:
+        pytest.skip("there is no mpiexec")
+    command = [launcher, "-n", str(ranks), sys.executable, *map(str, arguments)]
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    oversubscribed = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+    return subprocess.run(
+        command,
+        env={**os.environ, **as_root, **oversubscribed},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=REPOSITORY,
+        **options,
+    )
+
+
+QUICK = ["--hidden", "8", "--batch-size", "30", "--epochs", "2", "--dropout", "0.2"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_train_as_one_process_does(ranks, blob_file, tmp_path):
+    for script, more in (("train_mlp.py", []), ("train_cnn.py", ["--channels", "3"])):
+        options = [script, "--data", blob_file, *QUICK, *more]
+        runs = [tmp_path / f"{script}{number}" for number in range(3)]
+        for out in runs[:2]:
+            done = mpiexec(ranks, *options, "--mpi", "--out", out)
+            assert (done.returncode, done.stderr) == (0, "")
+            assert done.stdout.count("epoch 2/2") == 1
+            assert f"in {ranks} shards, computed by 1 worker in each of {ranks}" in done.stdout
+        assert kept(runs[0]) == kept(runs[1])
+        script_of = {"train_mlp.py": train_mlp, "train_cnn.py": train_cnn}[script]
+        alone = ["--shards", str(ranks), "--workers", "1", "--out", str(runs[2])]
+        assert script_of.main([*options[1:], *alone]) == 0
+        trees = [nn.tree_flatten(nn.load(out / "model.npz")) for out in (runs[0], runs[2])]
+        for name, leaf in trees[0].items():
+            np.testing.assert_allclose(leaf, trees[1][name], rtol=1e-3, atol=1e-4)
+
+
+IN_THE_MIDDLE = """
+import os, signal, sys
+import train_mlp
+from mpi4py import MPI
+
+original = train_mlp.take_step
+
+def take_step(experiment, optimizer, progress, index):
+    progress = original(experiment, optimizer, progress, index)
+    if progress.step == 5 and MPI.COMM_WORLD.Get_rank() == 1:
+        {what}
+    return progress
+
+train_mlp.take_step = take_step
+sys.exit(train_mlp.main(sys.argv[1:]))
+"""
+
+
+def test_a_stopped_job_goes_on_with_another_number_of_ranks(blob_file, tmp_path):
+    options = ["--data", blob_file, *QUICK, "--mpi", "--out", tmp_path]
+    code = IN_THE_MIDDLE.format(what="os.kill(os.getpid(), signal.SIGINT)")
+    done = mpiexec(2, "-c", code, *options)
+    assert done.returncode == 130
+    assert done.stderr.count("interrupted after step 5 of 12; the same command with --resume") == 1
+    assert nn.load(tmp_path / "checkpoint.npz")["step"] == 5
+    done = mpiexec(3, "train_mlp.py", *options, "--resume")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "written with 2 shards a batch, so what follows will differ" in done.stdout
+    assert nn.load(tmp_path / "checkpoint.npz")["step"] == 12
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "words"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", 9, ""),
+        ("raise ValueError('no more')", 2, "rank 1: error: no more\n"),
+        ("progress.unknown", 1, "AttributeError: 'Progress' object has no attribute 'unknown'"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_job(what, code, words, blob_file):
+    options = ["--data", blob_file, *QUICK, "--mpi"]
+    done = mpiexec(2, "-c", IN_THE_MIDDLE.format(what=what), *options)
+    assert done.returncode in (code, 128 + code)
+    assert words in done.stderr
+
+
+def test_what_is_wrong_on_all_ranks_is_said_once(tmp_path):
+    for options, words in (
+        (["--data", tmp_path / "none"], "none: there is no such file or folder"),
+        (["--shards", "2"], "--shards 2 leaves some of the 3 ranks without work"),
+    ):
+        done = mpiexec(3, "train_mlp.py", "--mpi", *options)
+        assert done.returncode == 2
+        assert done.stderr.count("error: ") == 1
+        assert words in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------

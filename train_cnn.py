@@ -91,7 +91,7 @@ def command_line() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, train, report; gives the exit code."""
-    return train_mlp.start(command_line(), arguments, build_cnn, draw_cnn)
+    return train_mlp.start(command_line(), arguments, build_cnn, draw_cnn, shards=2)
 
 
 if __name__ == "__main__":

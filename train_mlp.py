@@ -23,13 +23,28 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
+# BLAS reads how many threads it may have when NumPy is imported, and workers want one each.
+BLAS_THREADS = (
+    "OPENBLAS_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+_script = os.path.basename(sys.argv[0])
+_workers = any(argument.startswith(("--sh", "--wo", "--mp")) for argument in sys.argv)
+_shared = _script == "train_cnn.py" or (_script == "train_mlp.py" and _workers)
+if _shared and not any(name in os.environ for name in BLAS_THREADS):
+    os.environ.update(dict.fromkeys(BLAS_THREADS, "1"))
 
-import purenn as nn
+import numpy as np  # noqa: E402
+
+import purenn as nn  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------
 # Options: tables of what can be chosen by name, and the command line
@@ -139,7 +154,8 @@ def augmentation(text: str) -> tuple[str, float]:
 
 
 NOT_OF_THE_RESULT = ("data", "out", "plot", "compare", "summary", "resume", "checkpoint_every")
-NOT_OF_THE_SETTING = (*NOT_OF_THE_RESULT, "report_every")
+NOT_OF_THE_SETTING = (*NOT_OF_THE_RESULT, "report_every", "workers", "mpi")
+NOT_OF_A_CHECKPOINT = (*NOT_OF_THE_RESULT, "shards", "workers", "mpi")  # each may be resumed with
 
 
 def new_parser(description: str) -> argparse.ArgumentParser:
@@ -311,6 +327,29 @@ def new_parser(description: str) -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="steps from one line, point of the curves and look at the validation images to the"
         " next (default: an epoch)",
+    )
+    parallel = parser.add_argument_group("cores and machines")
+    parallel.add_argument(
+        "--shards",
+        metavar="N",
+        type=count,
+        default=argparse.SUPPRESS,
+        help="parts of a batch that are computed by themselves, batch norm and all; the result"
+        " depends on them and not on who computes them (default: train_mlp.py 1, train_cnn.py 2;"
+        " with --mpi one for each worker of each rank)",
+    )
+    parallel.add_argument(
+        "--workers",
+        metavar="N",
+        type=count,
+        default=argparse.SUPPRESS,
+        help="threads that compute shards at the same time (default: as many as there are shards"
+        " and cores; with --mpi 1 in each rank)",
+    )
+    parallel.add_argument(
+        "--mpi",
+        action="store_true",
+        help="share the shards among the processes that mpiexec or srun starts (needs mpi4py)",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -778,6 +817,167 @@ def prepare(data: dict[str, np.ndarray], options: argparse.Namespace) -> dict[st
 
 
 # ------------------------------------------------------------------------------------------------
+# Cores and machines
+# ------------------------------------------------------------------------------------------------
+
+
+class Team(NamedTuple):
+    """Who computes: the workers of this process, and with --mpi those of all ranks."""
+
+    shards: int = 1
+    workers: int = 1
+    map: Callable = map  # of the workers of this process
+    communicator: Any = None  # of mpi4py
+
+    @property
+    def rank(self) -> int:
+        """The number of this process; rank 0 alone reports and writes."""
+        return self.communicator.Get_rank() if self.communicator else 0
+
+    @property
+    def ranks(self) -> int:
+        """How many processes there are."""
+        return self.communicator.Get_size() if self.communicator else 1
+
+
+def world() -> Any:
+    """The communicator of all ranks."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: there is no MPI for it to load
+        raise ValueError(
+            f"--mpi needs mpi4py and an MPI: pip install mpi4py mpich ({error})"
+        ) from None
+    return MPI.COMM_WORLD
+
+
+def own_cores(communicator: Any) -> int:
+    """The cores for this process, where ranks on the same machine have equal parts of them."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    if communicator is None:
+        return cores
+    from mpi4py import MPI
+
+    return max(1, cores // communicator.Split_type(MPI.COMM_TYPE_SHARED).Get_size())
+
+
+@contextlib.contextmanager
+def assembled(options: argparse.Namespace, shards: int) -> Iterator[Team]:
+    """The team of the options, where one process has so many shards by default."""
+    communicator = world() if options.mpi else None
+    ranks = communicator.Get_size() if communicator else 1
+    if communicator:
+        shards = ranks * getattr(options, "workers", 1)
+    shards = getattr(options, "shards", shards)
+    if shards < ranks:
+        raise ValueError(f"--shards {shards} leaves some of the {ranks} ranks without work")
+    most = math.ceil(shards / ranks)
+    workers = getattr(options, "workers", min(most, own_cores(communicator)))
+    if workers > most:
+        raise ValueError(
+            f"--workers {workers} is too many: each process has {most} of the {shards} shards"
+            " (--shards)"
+        )
+    if workers == 1:
+        yield Team(shards, communicator=communicator)
+        return
+    with ThreadPoolExecutor(workers, initializer=partial(np.seterr, all="ignore")) as pool:
+        yield Team(shards, workers, pool.map, communicator)
+
+
+def describe_team(team: Team) -> str:
+    """How the work is shared, in a line."""
+    threads = next((os.environ[name] for name in BLAS_THREADS if name in os.environ), "all cores")
+    workers = f"{team.workers} worker{'s' * (team.workers > 1)}"
+    ranks = f" in each of {team.ranks} ranks" if team.communicator else ""
+    shards = f"{team.shards} shard{'s' * (team.shards > 1)}"
+    return f"every batch in {shards}, computed by {workers}{ranks}; threads of BLAS: {threads}"
+
+
+def own_part(team: Team, count: int) -> slice:
+    """Which of so many pieces of work are this rank's."""
+    return slice(*(count * rank // team.ranks for rank in (team.rank, team.rank + 1)))
+
+
+def map_all(team: Team, function: Callable, pieces: Sequence) -> list:
+    """function of every piece, in their order, whoever computes it."""
+    own = list(team.map(function, pieces[own_part(team, len(pieces))]))
+    if team.communicator is None:
+        return own
+    return list(itertools.chain(*team.communicator.allgather(own)))
+
+
+def map_own(function: Callable, parts: Iterable, *, team: Team) -> list:
+    """A `map` for `data_parallel`: other ranks' parts are nothing here, `add_ranks` brings them.
+
+    A rank without a part learns from the first one what there is to add.
+    """
+    parts = list(parts)
+    own = own_part(team, len(parts))
+    results: list = [(0.0, {}, {})] * len(parts)
+    results[own] = team.map(function, parts[own])
+    if own.start == own.stop:
+        _, grads, cache = function(parts[0])
+        nothing = partial(nn.tree_map, np.zeros_like)
+        results[0] = (0.0, nothing(grads), nothing(cache))
+    return results
+
+
+def add_ranks(team: Team, tree: nn.Tree) -> nn.Tree:
+    """The sum of a tree over all ranks, by one Allreduce of one flat buffer."""
+    if team.ranks == 1:
+        return tree
+    leaves = {name: np.asarray(leaf) for name, leaf in nn.tree_flatten(tree).items()}
+    dtype = np.result_type(*(leaf.dtype for leaf in leaves.values() if leaf.ndim))
+    own = np.concatenate(
+        [leaf.ravel() for leaf in leaves.values()], dtype=dtype, casting="same_kind"
+    )
+    total = np.empty_like(own)
+    team.communicator.Allreduce(own, total)
+    ends = np.cumsum([leaf.size for leaf in leaves.values()])
+    parts = np.split(total, ends[:-1])
+    summed = {
+        name: part.reshape(leaf.shape).astype(leaf.dtype)
+        for (name, leaf), part in zip(leaves.items(), parts, strict=True)
+    }
+    return nn.tree_unflatten(summed)
+
+
+def any_rank(team: Team, asked: bool) -> bool:
+    """Whether this is so on any rank."""
+    if team.ranks == 1:
+        return asked
+    total = np.zeros(1)
+    team.communicator.Allreduce(np.array([float(asked)]), total)
+    return bool(total[0])
+
+
+@contextlib.contextmanager
+def one_rank_first(team: Team) -> Iterator[None]:
+    """Rank 0 goes through what is entered here before the others do: its mistakes end them all."""
+    if team.communicator and team.rank > 0:
+        team.communicator.Barrier()
+    yield
+    if team.communicator and team.rank == 0:
+        team.communicator.Barrier()
+
+
+def check_same(team: Team, experiment: Experiment) -> None:
+    """ValueError where a rank has other options or data than rank 0."""
+    if team.communicator is None:
+        return
+    first, *others = team.communicator.allgather(identity(experiment))
+    for rank, own in enumerate(others, start=1):
+        try:
+            check_identity(first, own)
+        except ValueError as error:
+            raise ValueError(f"rank {rank} does not do what rank 0 does: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------
 # The loop
 # ------------------------------------------------------------------------------------------------
 
@@ -814,12 +1014,21 @@ class Experiment(NamedTuple):
     data: dict[str, np.ndarray]
     task: Task
     net: nn.Layer
+    team: Team = Team()
 
 
-def predict(net: nn.Layer, params: nn.Tree, images: np.ndarray) -> np.ndarray:
+def output_of(images: np.ndarray, *, net: nn.Layer, params: nn.Tree) -> np.ndarray:
+    """The output at inference."""
+    return net.forward(params, images)[0]
+
+
+def predict(
+    net: nn.Layer, params: nn.Tree, images: np.ndarray, team: Team | None = None
+) -> np.ndarray:
     """The output at inference, computed 250 images at a time."""
     parts = [images[start : start + 250] for start in range(0, len(images), 250)]
-    return np.concatenate([net.forward(params, part)[0] for part in parts])
+    forward = partial(output_of, net=net, params=params)
+    return np.concatenate(map_all(team or Team(), forward, parts))
 
 
 def layers_of(net: nn.Layer) -> dict[str, nn.Layer]:
@@ -927,29 +1136,57 @@ def begin(experiment: Experiment, optimizer: nn.Optimizer, params: nn.Tree) -> P
     return Progress(params, state, params, np.array(-math.inf), np.array(0), np.zeros(3), rows)
 
 
-def take_step(
-    experiment: Experiment, optimizer: nn.Optimizer, progress: Progress, index: np.ndarray
-) -> Progress:
-    """The progress after one more step, with the images of these numbers."""
-    options, data, task, net = experiment
-    step = int(progress.step)
-    batch, target = data["x_train"][index], data["y_train"][index]
+def shard_gradients(
+    params: nn.Tree,
+    batch: np.ndarray,
+    target: np.ndarray,
+    *,
+    experiment: Experiment,
+    step: int,
+    images: int,
+) -> tuple[float, nn.Tree, nn.Tree]:
+    """(loss, grads, cache) of one shard of a step with so many images, for `data_parallel`.
+
+    The cache has the accuracy or error among its statistics, as "measured".
+    """
+    options, _, task, net, _ = experiment
     augment, only = choose_augmentation(options), getattr(options, "train_only", None)
+    key = params["key"]
     if augment:
-        batch = augment((options.seed, 4, step), batch)
-    params = in_training(progress.params, (options.seed, 2, step), only)
+        batch = augment(nn.fold_key(key, 2**32 - 1), batch)  # no layer has this number
+    params = in_training({name: params[name] for name in params if name != "key"}, key, only)
     output, cache = net.forward(params, batch)
     loss, doutput = task.loss(output, target)
     if not math.isfinite(loss):
         where = first_not_finite(net, params, batch)
         raise ValueError(f"the loss became {loss} in step {step}: {where}; try a lower --lr")
     if options.reduction == "sum":
-        doutput = doutput * len(batch)
+        doutput = doutput * images
     _, grads = net.backward(params, cache, doutput, need_dx=False)
     if only is not None:
         grads = {name: grads[name] for name in only}
+    measured = {"measured": np.array(task.measure(output, target))}
+    return loss, grads, {**cache, "statistics": measured}
+
+
+def take_step(
+    experiment: Experiment, optimizer: nn.Optimizer, progress: Progress, index: np.ndarray
+) -> Progress:
+    """The progress after one more step, with the images of these numbers."""
+    options, data, _, _, team = experiment
+    step = int(progress.step)
+    gradients: Callable = partial(
+        shard_gradients, experiment=experiment, step=step, images=len(index)
+    )
+    if team.shards > 1:
+        shards = max(1, min(team.shards, len(index) // 2))  # batch norm cannot train on one image
+        gradients = nn.data_parallel(gradients, shards, partial(map_own, team=team))
+    params = nn.training(progress.params, (options.seed, 2, step))
+    loss, grads, cache = gradients(params, data["x_train"][index], data["y_train"][index])
+    total = add_ranks(team, {"loss": np.array(loss), "grads": grads, "cache": cache})
+    loss, grads, cache = total.values()
     params, state = optimizer.step(progress.params, grads, progress.state)
-    measured = np.array([loss, task.measure(output, target), 1]) * len(index)
+    measured = np.array([loss, cache["statistics"]["measured"], 1]) * len(index)
     return progress._replace(
         params=nn.update_statistics(params, cache),
         state=state,
@@ -977,13 +1214,13 @@ def first_not_finite(net: nn.Layer, params: nn.Tree, batch: np.ndarray) -> str:
 def validate(experiment: Experiment, params: nn.Tree, part: str) -> tuple[float, float]:
     """(loss, accuracy or error) at inference, on the part "validation" or "test" of the data."""
     data, task = experiment.data, experiment.task
-    output = predict(experiment.net, params, data[f"x_{part}"])
+    output = predict(experiment.net, params, data[f"x_{part}"], experiment.team)
     return task.loss(output, data[f"y_{part}"])[0], task.measure(output, data[f"y_{part}"])
 
 
 def report(experiment: Experiment, progress: Progress) -> Progress:
     """The progress with one more row, and with the best params so far."""
-    options, data, task, _ = experiment
+    options, data, task, _, _ = experiment
     epoch_steps = count_steps(len(data["x_train"]), options.batch_size)
     step = int(progress.step)
     row = [(step - 1) // epoch_steps + 1, step, *(progress.sums[:2] / progress.sums[2])]
@@ -1035,7 +1272,7 @@ class Stop:
 
 def train(experiment: Experiment, optimizer: nn.Optimizer, progress: Progress) -> Progress:
     """Train to the end; report, and keep what there is, as often as asked."""
-    options, data = experiment.options, experiment.data
+    options, data, team = experiment.options, experiment.data, experiment.team
     count, first = len(data["x_train"]), int(progress.step)
     epoch_steps = count_steps(count, options.batch_size)
     report_steps = getattr(options, "report_every", epoch_steps)
@@ -1048,10 +1285,11 @@ def train(experiment: Experiment, optimizer: nn.Optimizer, progress: Progress) -
     with Stop() as stop:
         for index in step_images(count, options, first):
             progress = take_step(experiment, optimizer, progress, index)
+            stops = any_rank(team, stop.asked)
             step, seen, now = int(progress.step), seen + len(index), time.monotonic()
             speed = f"{seen / (now - since):,.0f} samples/s"
             reports = step % report_steps == 0 or step == total_steps
-            saves = step % epoch_steps == 0 or step % checkpoint_steps == 0 or stop.asked
+            saves = step % epoch_steps == 0 or step % checkpoint_steps == 0 or stops
             if reports or saves:
                 check_finite(progress)
             if reports:
@@ -1068,8 +1306,10 @@ def train(experiment: Experiment, optimizer: nn.Optimizer, progress: Progress) -
                 line.show(f"{text}  {speed}  {left:.0f} s left")
             if folder and saves:
                 write_checkpoint(folder, progress, of)
-            if stop.asked:
+            if stops:
                 line.end()
+                if team.communicator:
+                    team.communicator.Barrier()  # no rank ends before the checkpoint is written
                 then = "with --out it could be gone on with"
                 if folder:
                     then = "the same command with --resume goes on from there"
@@ -1115,7 +1355,8 @@ def keep(experiment: Experiment, progress: Progress) -> None:
 def identity(experiment: Experiment) -> dict[str, Any]:
     """What a training must share with a checkpoint to go on from it: options and data."""
     chosen = vars(experiment.options).items()
-    options = {name: value for name, value in chosen if name not in NOT_OF_THE_RESULT}
+    options = {name: value for name, value in chosen if name not in NOT_OF_A_CHECKPOINT}
+    options["shards"] = experiment.team.shards
     digest = hashlib.sha256()
     for name in ("x_train", "y_train", "x_validation", "y_validation"):
         digest.update(np.ascontiguousarray(experiment.data[name]).data)
@@ -1138,7 +1379,12 @@ def read_checkpoint(experiment: Experiment, progress: Progress) -> Progress:
         return progress
     tree = nn.load(path)
     try:
-        check_identity(json.loads(tree.pop("of").tobytes()), identity(experiment))
+        then, now = json.loads(tree.pop("of").tobytes()), identity(experiment)
+        if then["shards"] != now["shards"]:
+            print(
+                f"{path}: written with {then['shards']} shards a batch, so what follows will differ"
+            )
+        check_identity({**then, "shards": now["shards"]}, now)
         resumed = Progress(**tree)
         for name, kind in kinds(progress).items():
             if kinds(resumed).get(name) != kind:
@@ -1211,7 +1457,7 @@ def first_params(experiment: Experiment) -> nn.Tree:
 
 def trained_entries(experiment: Experiment, params: nn.Tree) -> nn.Tree:
     """The gradients of a first batch: which entries of params are trained, and their sizes."""
-    _, data, task, net = experiment
+    _, data, task, net, _ = experiment
     x, y = data["x_train"][:2], data["y_train"][:2]
     _, grads, _ = nn.value_and_grad(net, task.loss)(nn.training(params, 0), x, y)
     only = getattr(experiment.options, "train_only", grads)
@@ -1222,7 +1468,9 @@ Build = Callable[[argparse.Namespace, int], nn.Layer]  # (options, outputs) -> n
 Draw = Callable[[str, "Experiment", nn.Tree], None]  # (folder, experiment, params) -> pictures
 
 
-def set_up(options: argparse.Namespace, build: Build) -> tuple[Experiment, str]:
+def set_up(
+    options: argparse.Namespace, build: Build, team: Team = Team()
+) -> tuple[Experiment, str]:
     """Data, task and network of the options, and a word on where the data come from."""
     check_options(options)
     data, origin = get_data(options)
@@ -1230,7 +1478,7 @@ def set_up(options: argparse.Namespace, build: Build) -> tuple[Experiment, str]:
     if options.schedule == "plateau" and not len(data["x_validation"]):
         raise ValueError("--schedule plateau needs validation images, but --validation is 0")
     task = choose_task(options, data)
-    return Experiment(options, data, task, build(options, task.outputs)), origin
+    return Experiment(options, data, task, build(options, task.outputs), team), origin
 
 
 def describe(experiment: Experiment, origin: str, parameters: int) -> str:
@@ -1246,56 +1494,73 @@ def describe(experiment: Experiment, origin: str, parameters: int) -> str:
     )
 
 
-def run(options: argparse.Namespace, setting: dict[str, str], build: Build, draw: Draw) -> None:
-    """Everything from the data to the last line."""
-    check_options(options)
-    with only_run(options.out) if hasattr(options, "out") else contextlib.nullcontext():
-        run_alone(options, setting, build, draw)
-
-
-def run_alone(
-    options: argparse.Namespace, setting: dict[str, str], build: Build, draw: Draw
+def run(
+    options: argparse.Namespace, setting: dict[str, str], build: Build, draw: Draw, shards: int
 ) -> None:
-    """The same, with the folder of --out to itself."""
+    """Everything from the data to the last line."""
     started = time.monotonic()
-    experiment, origin = set_up(options, build)
+    with contextlib.ExitStack() as stack:
+        team = stack.enter_context(assembled(options, shards))
+        if team.rank:  # rank 0 alone reports and writes
+            silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+            kept = {name: v for name, v in vars(options).items() if name not in ("out", "plot")}
+            options = argparse.Namespace(**{**kept, "resume": False, "summary": False})
+        with one_rank_first(team):
+            check_options(options)
+            if hasattr(options, "out"):
+                stack.enter_context(only_run(options.out))
+            experiment, origin = set_up(options, build, team)
+        check_same(team, experiment)
+        said = run_alone(experiment, origin, setting, draw)
+        print(f"{said} seconds={time.monotonic() - started:.1f}")
+
+
+def run_alone(experiment: Experiment, origin: str, setting: dict[str, str], draw: Draw) -> str:
+    """The same with the folder of --out to itself; gives the last line but for its time."""
+    options, team = experiment.options, experiment.team
     params = first_params(experiment)
     trained = trained_entries(experiment, params)
     if options.summary:
         print(summary(experiment.net, params, trained, experiment.data["x_train"][:1]))
-    print(describe(experiment, origin, nn.count_parameters(trained)), flush=True)
+    print(describe(experiment, origin, nn.count_parameters(trained)))
+    print(describe_team(team), flush=True)
     steps = count_steps(len(experiment.data["x_train"]), options.batch_size)
     optimizer = choose_optimizer(options, steps)
     progress = begin(experiment, optimizer, params)
     if options.resume:
         progress = read_checkpoint(experiment, progress)
+    if team.communicator:
+        progress = team.communicator.bcast(progress)
     if hasattr(options, "out"):
         with nn.replacing(os.path.join(options.out, "options.json")) as file:
             file.write(json.dumps(setting, indent=1).encode())
     with np.errstate(all="ignore"):  # a loss that is not finite is an error of its own
         progress = train(experiment, optimizer, progress)
+    loss, measured = validate(experiment, progress.best, "test")
     if hasattr(options, "plot"):
         folder = picture_folder(options)
         if len(progress.rows):
             rows = [dict(zip(columns(experiment), row, strict=True)) for row in progress.rows]
             plot_curves(os.path.join(folder, "curves.png"), {"": rows}, as_text(setting))
         draw(folder, experiment, progress.best)
-    loss, measured = validate(experiment, progress.best, "test")
     task = experiment.task
-    print(
-        f"test_{task.name}={measured:.{task.digits}f} test_loss={loss:.{task.digits}f}"
-        f" seconds={time.monotonic() - started:.1f}"
-    )
+    return f"test_{task.name}={measured:.{task.digits}f} test_loss={loss:.{task.digits}f}"
 
 
 def start(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, build: Build, draw: Draw
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    build: Build,
+    draw: Draw,
+    shards: int = 1,
 ) -> int:
-    """A script from its command line to its exit code."""
+    """A script from its command line to its exit code; so many shards by default."""
     options, setting = parse(parser, arguments)
     if hasattr(options, "compare"):
         return guarded(parser.prog, partial(compare, options))
-    return guarded(parser.prog, partial(run, options, setting, build, draw))
+    work = partial(run, options, setting, build, draw, shards)
+    return together(parser.prog, work) if options.mpi else guarded(parser.prog, work)
 
 
 def guarded(name: str, function: Callable[[], None]) -> int:
@@ -1309,6 +1574,29 @@ def guarded(name: str, function: Callable[[], None]) -> int:
         print(f"{name}: error: {str(error) or 'not enough memory'}", file=sys.stderr)
         return 2
     return 0
+
+
+def together(name: str, function: Callable[[], None]) -> int:
+    """`guarded` on every rank: where one fails, it says so and all end, and none waits for ever."""
+    try:
+        last = world().Dup()  # of its own, where no rank waits for anything else
+    except ValueError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    code, rank, said = 1, last.Get_rank(), io.StringIO()
+    with contextlib.redirect_stderr(said) if rank else contextlib.nullcontext():
+        try:
+            code = guarded(f"{name}: rank {rank}" if rank else name, function)
+        except BaseException:
+            traceback.print_exc()
+    if code:
+        everyone, deadline = last.Ibarrier(), time.monotonic() + 1
+        while not everyone.Test():  # where all failed alike, rank 0 has said why
+            if time.monotonic() > deadline:
+                print(said.getvalue(), end="", file=sys.stderr, flush=True)
+                last.Abort(code)
+            time.sleep(0.01)
+    return code
 
 
 # ------------------------------------------------------------------------------------------------
