@@ -2694,9 +2694,14 @@ def _only_statistics(cache: Any) -> Tree:
     return {name: value for name, value in found.items() if value}
 
 
-def _shard(part: tuple[Tree, Array, Array], *, gradients: Callable) -> tuple[float, Tree, Tree]:
-    loss, grads, cache = gradients(*part)
-    return loss, grads, _only_statistics(cache)
+def _shard(
+    part: tuple[float, Tree, Array, Array], *, gradients: Callable
+) -> tuple[float, Tree, Tree]:
+    """The loss, grads and statistics of one part, times its share of the batch."""
+    share, *arguments = part
+    loss, grads, cache = gradients(*arguments)
+    times = partial(_times, factor=share)
+    return share * loss, tree_map(times, grads), tree_map(times, _only_statistics(cache))
 
 
 def _data_parallel(
@@ -2711,18 +2716,13 @@ def _data_parallel(
     parts = []
     for shard, (start, stop) in enumerate(itertools.pairwise(ends)):
         key = {"key": fold_key(params["key"], shard)} if "key" in params else {}
-        parts.append(({**params, **key}, x[start:stop], target[start:stop]))
-    total = 0.0
-    grads: Tree = {}
-    statistics: Tree = {}
-    for part, results in zip(
-        parts, mapped(partial(_shard, gradients=gradients), parts), strict=True
-    ):
-        share = len(part[1]) / len(x)
-        total += share * results[0]
-        grads = tree_add(grads, tree_map(partial(_times, factor=share), results[1]))
-        statistics = tree_add(statistics, tree_map(partial(_times, factor=share), results[2]))
-    return total, grads, statistics
+        share = (stop - start) / max(len(x), 1)
+        parts.append((share, {**params, **key}, x[start:stop], target[start:stop]))
+    results = list(mapped(partial(_shard, gradients=gradients), parts))
+    if len(results) != count:
+        raise ValueError(f"data_parallel: map gave {len(results)} results of {count} parts")
+    losses, grads, statistics = zip(*results, strict=True)
+    return sum(losses), tree_add(*grads), tree_add(*statistics)
 
 
 def data_parallel(

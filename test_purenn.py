@@ -2502,6 +2502,11 @@ def test_data_parallel_refuses_what_its_function_would_refuse():
         in_parts(None, x, labels)
     with pytest.raises(ValueError, match="logits must not be empty"):
         in_parts(params, x[:0], labels[:0])
+    loses = nn.data_parallel(
+        nn.value_and_grad(net, nn.softmax_cross_entropy), 2, lambda f, parts: [f(parts[0])]
+    )
+    with pytest.raises(ValueError, match="data_parallel: map gave 1 results of 2 parts"):
+        loses(params, x, labels)
 
 
 def test_a_network_learns():
