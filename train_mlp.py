@@ -926,24 +926,22 @@ def map_own(function: Callable, parts: Iterable, *, team: Team) -> list:
     return results
 
 
+def next_part(leaf: np.ndarray, parts: Iterator[np.ndarray]) -> np.ndarray:
+    """The next of some flat arrays, as a leaf of this kind."""
+    return next(parts).reshape(leaf.shape).astype(leaf.dtype)
+
+
 def add_ranks(team: Team, tree: nn.Tree) -> nn.Tree:
     """The sum of a tree over all ranks, by one Allreduce of one flat buffer."""
     if team.ranks == 1:
         return tree
-    leaves = {name: np.asarray(leaf) for name, leaf in nn.tree_flatten(tree).items()}
-    dtype = np.result_type(*(leaf.dtype for leaf in leaves.values() if leaf.ndim))
-    own = np.concatenate(
-        [leaf.ravel() for leaf in leaves.values()], dtype=dtype, casting="same_kind"
-    )
+    leaves = list(nn.tree_flatten(tree).values())
+    dtype = np.result_type(*(leaf.dtype for leaf in leaves if leaf.ndim))
+    own = np.concatenate([leaf.ravel() for leaf in leaves], dtype=dtype, casting="same_kind")
     total = np.empty_like(own)
     team.communicator.Allreduce(own, total)
-    ends = np.cumsum([leaf.size for leaf in leaves.values()])
-    parts = np.split(total, ends[:-1])
-    summed = {
-        name: part.reshape(leaf.shape).astype(leaf.dtype)
-        for (name, leaf), part in zip(leaves.items(), parts, strict=True)
-    }
-    return nn.tree_unflatten(summed)
+    parts = np.split(total, np.cumsum([leaf.size for leaf in leaves])[:-1])
+    return nn.tree_map(partial(next_part, parts=iter(parts)), tree)
 
 
 def any_rank(team: Team, asked: bool) -> bool:

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -112,9 +112,11 @@ class Worker:
     they take turns, so that a noisy neighbour disturbs all alike.
     """
 
-    def __init__(self, script: str, engine: str, environment: dict[str, str]) -> None:
+    def __init__(
+        self, script: str, engine: str, environment: dict[str, str], launcher: Sequence[str] = ()
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, script, "--worker", engine],
+            [*launcher, sys.executable, script, "--worker", engine],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

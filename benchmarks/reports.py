@@ -74,7 +74,8 @@ def _mlp(report: int, base: str, *rows: tuple[str, ...]) -> list[Experiment]:
 
 def _cnn(report: int, base: str, *rows: tuple[str, ...]) -> list[Experiment]:
     mlp = _mlp(report, base, *rows)
-    return [row._replace(command=row.command.replace("_mlp", "_cnn", 1)) for row in mlp]
+    script = "train_cnn.py --shards 1"  # as in the reports; and each has one core here
+    return [row._replace(command=row.command.replace("train_mlp.py", script, 1)) for row in mlp]
 
 
 # fmt: off
