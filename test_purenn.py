@@ -5524,6 +5524,16 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
     assert kept(parts) == kept(whole)
 
 
+def test_a_checkpoint_is_not_lost_where_another_training_begins(blob_file, tmp_path):
+    assert train_on(blob_file, "--out", str(tmp_path)) == 0
+    first = kept(tmp_path)["checkpoint.npz"]
+    assert train_on(blob_file, "--out", str(tmp_path), "--resume") == 0
+    assert not (tmp_path / "checkpoint.before.npz").exists()
+    assert train_on(blob_file, "--out", str(tmp_path), "--seed", "1") == 0
+    assert (tmp_path / "checkpoint.before.npz").read_bytes() == first
+    assert kept(tmp_path)["checkpoint.npz"] != first
+
+
 def test_a_second_ctrl_c_is_at_once():
     with train_mlp.Stop() as stop:
         signal.raise_signal(signal.SIGINT)

@@ -363,7 +363,8 @@ def new_parser(description: str) -> argparse.ArgumentParser:
         "--resume",
         action="store_true",
         help="go on from the checkpoint in --out, to the same bits as if it had never been stopped;"
-        " where there is none, begin",
+        " where there is none, begin (without this option begin anew, and keep the one that is"
+        " there as checkpoint.before.npz)",
     )
     output.add_argument(
         "--checkpoint-every",
@@ -1395,6 +1396,13 @@ def read_checkpoint(experiment: Experiment, progress: Progress) -> Progress:
     return resumed
 
 
+def set_aside(folder: str) -> None:
+    """Keep the checkpoint of an earlier training, which this one does not go on with."""
+    with contextlib.suppress(FileNotFoundError):
+        path = os.path.join(folder, "checkpoint.npz")
+        os.replace(path, os.path.join(folder, "checkpoint.before.npz"))
+
+
 def check_identity(then: dict[str, Any], now: dict[str, Any]) -> None:
     """ValueError if a checkpoint is of other options or data than these."""
     for name in sorted(then.keys() | now.keys()):
@@ -1531,6 +1539,8 @@ def run_alone(experiment: Experiment, origin: str, setting: dict[str, str], draw
     if team.communicator:
         progress = team.communicator.bcast(progress)
     if hasattr(options, "out"):
+        if not options.resume:
+            set_aside(options.out)
         with nn.replacing(os.path.join(options.out, "options.json")) as file:
             file.write(json.dumps(setting, indent=1).encode())
     with np.errstate(all="ignore"):  # a loss that is not finite is an error of its own
