@@ -6218,7 +6218,7 @@ def test_readme_shows_the_message_of_a_forgotten_slope(tmp_path, monkeypatch):
 
 def test_readme_commands_have_options_that_exist():
     commands = re.findall(
-        r"^\s*(?:\$ )?python (train_\w+\.py[^\n#|`]*)|`python (train_\w+\.py[^`]*)`",
+        r"^\s*(?:mpiexec .*?|srun )?python (train_\w+\.py[^\n#|`]*)|`python (train_\w+\.py[^`]*)`",
         readme(),
         re.MULTILINE,
     )
