@@ -3263,6 +3263,14 @@ def _verify(name: str, packed: bytes) -> None:
         raise ValueError(f"{name} has the wrong SHA-256")
 
 
+def _is_whole(directory: str, name: str) -> bool:
+    """Whether that file of MNIST is in the folder, with the right bytes."""
+    with contextlib.suppress(OSError, ValueError), _open(os.path.join(directory, name)) as file:
+        _verify(name, file.read())
+        return True
+    return False
+
+
 def _fetch(mirror: str, name: str, timeout: float, progress: Progress | None = None) -> bytes:
     """The verified bytes of one file. OSError or ValueError if that fails."""
     import http.client
@@ -3329,18 +3337,17 @@ def download_mnist(
 ) -> None:
     """Put the four files of MNIST into `directory`, from the first of the mirrors that has them.
 
-    What is there already and has the right SHA-256 is kept. OSError if no mirror answers within
-    `patience` seconds, or if none gives the right bytes (a mirror may be silent for `timeout`
-    seconds): then nothing half-written is left.
+    What is there already and has the right SHA-256 is kept; if that is all, nobody is asked.
+    OSError if no mirror answers within `patience` seconds, or if none gives the right bytes (a
+    mirror may be silent for `timeout` seconds): then nothing half-written is left.
     """
     directory = os.fspath(directory)
+    missing = [name for name in _MNIST_FILES if not _is_whole(directory, name)]
+    if not missing:
+        return
     first = _first_to_answer(mirrors, patience)
     os.makedirs(directory, exist_ok=True)
-    for name in _MNIST_FILES:
-        path = os.path.join(directory, name)
-        with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
-            _verify(name, file.read())
-            continue
+    for name in missing:
         problems = []
         for mirror in (first, *(other for other in mirrors if other != first)):
             try:
@@ -3350,5 +3357,5 @@ def download_mnist(
                 problems.append(f"{mirror}: {error}")
         else:
             raise OSError(f"no mirror gives {name}: {'; '.join(problems)}")
-        with replacing(path) as file:
+        with replacing(os.path.join(directory, name)) as file:
             file.write(packed)

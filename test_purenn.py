@@ -3723,6 +3723,15 @@ def test_download_keeps_good_files_and_replaces_bad_ones(tmp_path, mirror, fake_
     assert f"/mnist/{bad}" in good.requests
 
 
+def test_download_asks_nobody_for_what_is_there(tmp_path, fake_mnist):
+    for name, content in fake_mnist.items():
+        (tmp_path / name).write_bytes(content)
+    nn.download_mnist(tmp_path, [])
+    (tmp_path / name).write_bytes(content[:-1])
+    with pytest.raises(OSError, match="none of 0 mirrors answered"):
+        nn.download_mnist(tmp_path, [])
+
+
 def test_download_without_mirrors_says_so(tmp_path):
     with pytest.raises(OSError, match="none of 0 mirrors answered"):
         nn.download_mnist(tmp_path, [])
