@@ -27,6 +27,7 @@ import gzip
 import itertools
 import math
 import os
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -3053,33 +3054,63 @@ def save(path: str | os.PathLike, tree: Tree) -> None:
 
 @contextlib.contextmanager
 def _blaming(path: str) -> Iterator[None]:
-    """Whatever goes wrong while a file is read is said of that file, as a ValueError."""
+    """Whatever goes wrong while a file is read is said of it in one line, as a ValueError."""
     try:
         yield
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:
-        raise ValueError(f"{path}: cannot be read: {str(error) or type(error).__name__}") from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{path}: cannot be read: {reason}") from error
+
+
+def _open(path: str) -> IO[bytes]:
+    """The file, open for reading. A folder is refused, and what may have no end: pipes, devices."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is not a file")
+    return open(path, "rb")
+
+
+def _read_array(
+    file: IO[bytes] | gzip.GzipFile, dtype: np.dtype, shape: Shape, order: Any = "C"
+) -> Array:
+    """The array that is the rest of a file; takes no more memory than that really has."""
+    size = math.prod(shape) * dtype.itemsize
+    data = bytearray()
+    while piece := file.read(min(size + 1 - len(data), 1 << 20)):  # to the end, where checksums are
+        data += piece
+    if len(data) != size:
+        raise ValueError(f"shape {shape} needs {size} bytes, but it has {len(data)} or more")
+    array = np.frombuffer(data, dtype).reshape(shape, order=order)
+    return array.astype(dtype.newbyteorder("="), copy=False)
+
+
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '([<>|][biuf]\d+)', 'fortran_order': (True|False),"
+    rb" 'shape': \(((?:\d+L?, ?)+(?:\d+L?)?|)\),? ?\}\s*"  # L: from Python 2
+)
 
 
 def _read_npy(member: IO[bytes], size: int) -> Array:
-    """The array in a .npy file of `size` bytes, whose header is not trusted."""
-    readers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
+    """The array in a .npy file of `size` bytes, whose header is not trusted.
+
+    So it is not parsed as Python, as NumPy does: little text can take a lot of stack and memory.
+    """
     version = np.lib.format.read_magic(member)
-    if version not in readers:
+    if version not in ((1, 0), (2, 0)):
         raise ValueError(f"unknown version {version} of the .npy format")
-    shape, fortran, dtype = readers[version](member)
-    expected = math.prod(shape) * dtype.itemsize
-    if dtype.kind not in "biuf" or expected != size - member.tell():
+    length = int.from_bytes(member.read(2 * version[0]), "little")
+    header = _NPY_HEADER.fullmatch(member.read(min(length, 10_000)))
+    if not header:
+        raise ValueError("its header is not that of an array of numbers")
+    dtype = np.dtype(header[1].decode())
+    shape = tuple(map(int, re.findall(rb"\d+", header[3])))
+    if math.prod(shape) * dtype.itemsize != size - member.tell():
         raise ValueError(f"an array of {dtype} and shape {shape} does not fit in {size} bytes")
-    data = member.read(expected)
-    if len(data) != expected or member.read(1):  # the end is where zipfile compares its checksum
-        raise ValueError(f"it does not have the {size} bytes that it claims")
-    flat = np.frombuffer(data, dtype)
-    return flat.reshape(shape, order="F" if fortran else "C").astype(dtype.newbyteorder("="))
+    return _read_array(member, dtype, shape, "F" if header[2] == b"True" else "C")
+
+
+_RATIO = 200  # a data set unpacks to so many times its size at most; binary MNIST in float64: 124
 
 
 def _read_npz(path: str, ratio: int) -> dict[str, Array]:
@@ -3087,7 +3118,7 @@ def _read_npz(path: str, ratio: int) -> dict[str, Array]:
     import zipfile
 
     arrays: dict[str, Array] = {}
-    with zipfile.ZipFile(path) as archive:
+    with _open(path) as file, zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if archive.comment.startswith(b"purenn ") and archive.comment != _digest(archive):
             raise ValueError("its list of contents is damaged")
@@ -3097,6 +3128,8 @@ def _read_npz(path: str, ratio: int) -> dict[str, Array]:
             name, _, ending = info.filename.rpartition(".")
             if not name or ending != "npy" or name in arrays:
                 raise ValueError(f"unexpected member {info.filename!r}")
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{info.filename!r} is packed in a way that no array is")
             with archive.open(info) as member:
                 arrays[name] = _read_npy(member, info.file_size)
     return arrays
@@ -3119,28 +3152,25 @@ _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0
 def read_idx(path: str | os.PathLike) -> Array:
     """The array in an IDX file, the format of MNIST; packed with gzip or not.
 
-    ValueError (with the path) for a damaged or truncated file.
+    ValueError (with the path) for a damaged or truncated file, and for one packed more than 200
+    to 1 and larger than a megabyte.
     """
     path = os.fspath(path)
-    with _blaming(path), open(path, "rb") as raw:
+    with _blaming(path), _open(path) as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
-        limit = os.path.getsize(path) * (1032 if packed else 1)  # deflate packs no tighter
+        limit = os.path.getsize(path)
+        if packed:  # labels in order are small, but pack more tightly than any images
+            limit = max(_RATIO * limit, 1 << 20)
         with gzip.open(raw) if packed else raw as file:
             header = file.read(4)
             if len(header) < 4 or header[:2] != b"\0\0" or header[2] not in _IDX_TYPES:
                 raise ValueError("it does not start as an IDX file does")
             dtype, axes = np.dtype(_IDX_TYPES[header[2]]), header[3]
             shape = tuple(np.frombuffer(file.read(4 * axes), ">u4").tolist())
-            size = math.prod(shape) * dtype.itemsize
-            if len(shape) != axes or size > limit:
+            if len(shape) != axes or math.prod(shape) * dtype.itemsize > limit:
                 raise ValueError(f"an array of shape {shape} does not fit in it")
-            data = file.read(size + 1)
-            if len(data) != size:
-                raise ValueError(
-                    f"shape {shape} needs {size} bytes, but it has {len(data)} or more"
-                )
-    return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))
+            return _read_array(file, dtype, shape)
 
 
 _PARTS = {
@@ -3170,7 +3200,7 @@ def _find_parts(path: str) -> dict[str, Array]:
             )
         path = os.path.join(path, archives[0])
     with _blaming(path):
-        arrays = _read_npz(path, ratio=200)
+        arrays = _read_npz(path, _RATIO)
         if not _PARTS.keys() <= arrays.keys():
             raise ValueError(f"expected {list(_PARTS)}, found {sorted(arrays)}")
         return {part: arrays[part] for part in _PARTS}
@@ -3187,7 +3217,8 @@ def _as_images(array: Array) -> Array:
         raise ValueError(f"images must be (N, H, W), (N, H, W, C) or (N, C, H, W): {array.shape}")
     if array.shape[1] not in (1, 3) and array.shape[3] in (1, 3, 4):
         array = array.transpose(0, 3, 1, 2)
-    images = np.ascontiguousarray(array, np.float32)
+    with np.errstate(all="ignore"):  # what float32 cannot hold becomes infinite
+        images = np.ascontiguousarray(array, np.float32)
     if not np.isfinite(images).all():
         raise ValueError("images must be finite")
     return images if array.dtype.kind in "fb" else images / np.float32(255)

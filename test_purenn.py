@@ -3357,6 +3357,86 @@ def test_bombs_are_refused_before_they_go_off(tmp_path):
         assert peak_memory(lambda read=read, path=path: refuse(read, path)) < 2_000_000
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("read", [nn.load, nn.read_dataset])
+def test_what_is_packed_as_no_array_is_takes_no_memory(tmp_path, read, method):
+    honest = npy(np.zeros(4000, np.uint8))
+    path = archive_of(tmp_path / "x", [("a.npy", honest + bytes(8_000_000))], method)
+    content = path.read_bytes()  # its list of contents shall not tell, or that is what is refused
+    content = content.replace(struct.pack("<I", len(honest) + 8_000_000), struct.pack("<I", 4128))
+    path.write_bytes(bytes(4128) + content)
+
+    def refuse():
+        with pytest.raises(ValueError, match="'a.npy' is packed in a way that no array is"):
+            read(path)
+
+    assert peak_memory(refuse) < 1_000_000
+
+
+def test_load_refuses_members_that_are_encrypted_or_share_their_bytes(tmp_path):
+    path = archive_of(tmp_path / "x", [("a.npy", GOOD)])
+    content = path.read_bytes()
+    local, directory, end = (content.index(start) for start in (b"PK\3", b"PK\1", b"PK\5"))
+    encrypted = bytearray(content)
+    encrypted[local + 6] = encrypted[directory + 8] = 1
+    path.write_bytes(encrypted)
+    with pytest.raises(ValueError, match="cannot be read: .*encrypted"):
+        nn.load(path)
+    entry = content[directory:end]
+    for entries in (entry * 2, entry + entry.replace(b"a.npy", b"b.npy")):
+        sizes = struct.pack("<4H2IH", 0, 0, 2, 2, len(entries), directory, 0)
+        path.write_bytes(bytes(300) + content[:directory] + entries + b"PK\5\6" + sizes)
+        with pytest.raises(ValueError, match="cannot be read: "):
+            nn.load(path)
+
+
+def test_what_is_said_of_a_file_is_one_short_line(tmp_path):
+    for name in ("a\nb" * 9, "a" * 60_000, "a/" * 300):
+        path = archive_of(tmp_path / "x", [(name, GOOD)])
+        with pytest.raises(ValueError, match=r"cannot be read: .+") as caught:
+            nn.load(path)
+        assert len(str(caught.value)) < len(str(path)) + 350
+    with pytest.raises(ValueError, match=r"^x: cannot be read: two lines$"), nn._blaming("x"):
+        raise OSError("two\n  lines\n")
+
+
+def said_in_time(read, path):
+    """What `read` says of a file; fails where it waits for more to come."""
+    said = []
+
+    def listen():
+        with pytest.raises(ValueError, match="it is not a file") as caught:
+            read(path)
+        said.append(str(caught.value))
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert said
+    return said[0]
+
+
+@pytest.mark.parametrize("read", [nn.load, nn.read_idx, nn.read_dataset])
+def test_links_are_followed_and_what_is_no_file_is_refused(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for name in ("pipe", "zeros"):
+        message = said_in_time(read, tmp_path / name)
+        assert message == f"{tmp_path / name}: cannot be read: it is not a file"
+    (tmp_path / "nowhere").symlink_to("missing")
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{tmp_path}/loop: "):
+        read(tmp_path / "loop")
+
+
+def test_links_to_good_files_are_read(tmp_path):
+    nn.save(tmp_path / "real", {"a": np.ones(2)})
+    (tmp_path / "link").symlink_to("real")
+    np.testing.assert_array_equal(nn.load(tmp_path / "link")["a"], [1, 1])
+
+
 # ------------------------------------------------------------------------------------------------
 # Files: data sets
 # ------------------------------------------------------------------------------------------------
@@ -3884,6 +3964,14 @@ ODD_HEADERS = {
     "no dict": b"()\n",
     "an entry missing": b"{'descr': '<f8', 'shape': (1,)}\n",
     "nothing": b"",
+    "signs without end": b"~" * 9_999,
+    "commas without end": b"," * 9_999,
+    "digits without end": b"9" * 9_999,
+    "spaces without end": header_of("(1,)").rjust(60_000),
+    "a size of a thousand digits": header_of(f"({'9' * 1000},)"),
+    "a size too long to convert": header_of(f"({'9' * 9000},)"),
+    "an unknown kind of number": header_of("(1,)", kind="'<f3'"),
+    "no tuple": header_of("(1)"),
 }
 
 
@@ -3894,6 +3982,64 @@ def test_load_refuses_odd_headers(name, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"^odd\.npz: cannot be read: .+"):
         nn.load("odd.npz")
     assert os.listdir() == ["odd.npz"]
+
+
+def test_odd_headers_take_no_memory(tmp_path):
+    paths = [
+        zip_of(tmp_path / f"{version}.{number}", npy_of_header(header, EIGHT, version))
+        for version in (1, 2)
+        for number, header in enumerate(ODD_HEADERS.values())
+    ]
+
+    def refuse():
+        for path in paths:
+            with pytest.raises(ValueError, match="cannot be read"):
+                nn.load(path)
+
+    assert peak_memory(refuse) < 1_000_000
+
+
+HEADER_PARTS = [
+    *("{", "'descr': ", "'<f8'", "'|u1'", "'>i2'", "'|O'", ", ", "'fortran_order': ", "True"),
+    *("False", "'shape': ", "(", "1", "4", "0", ",", "L", "-", ")", "}", "\n", " ", "\\d", "é"),
+]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(["'<f8'", "'|u1'", "'>i2'", "'|b1'", "'<f2'", "'<U2'", "'=f4'"]),
+    order=st.sampled_from(["True", "False"]),
+    shape=st.sampled_from(["()", "(1,)", "(4,)", "(2, 2)", "(2,2)", "(2,1,)", "(0, 9)", "(1)"]),
+    at=st.integers(0, 70),
+    length=st.integers(0, 3),
+    parts=st.lists(st.sampled_from(HEADER_PARTS), max_size=2),
+    content=st.binary(max_size=8),
+)
+def test_a_header_means_what_numpy_takes_it_for_or_is_refused(
+    tmp_path_factory, kind, order, shape, at, length, parts, content
+):
+    header = header_of(shape, kind, order).decode()
+    header = (header[:at] + "".join(parts) + header[at + length :]).encode("latin-1")
+    path = zip_of(tmp_path_factory.mktemp("header") / "x", npy_of_header(header, content))
+    message = ""
+    try:
+        read = nn.load(path)["a"]
+    except ValueError as error:
+        message = str(error)
+    else:
+        with np.load(path) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of "1L"
+            expected = archive["a"]
+        assert (read.shape, read.dtype) == (expected.shape, expected.dtype.newbyteorder("="))
+        assert read.astype(expected.dtype).tobytes("A") == expected.tobytes("A")
+    assert message.startswith(f"{path}: cannot be read: ") or not message
+
+
+def test_load_reads_what_python_2_wrote(tmp_path):
+    path = zip_of(tmp_path / "x", npy_of_header(header_of("(2L, 3L)"), bytes(48)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert nn.load(path)["a"].shape == (2, 3)
 
 
 def test_load_reads_both_versions_of_the_header_and_both_orders(tmp_path):
@@ -4045,23 +4191,74 @@ def test_read_idx_says_what_is_wrong(tmp_path):
     assert said_of(nn.read_idx, path)
 
 
-@pytest.mark.parametrize(("pack", "ratio"), [(bytes, 1), (gzip.compress, 1032)])
-def test_read_idx_believes_no_claim_that_its_size_cannot_justify(tmp_path, pack, ratio):
+@pytest.mark.parametrize(
+    ("pack", "content", "limit"),
+    [
+        (bytes, b"12", 10),
+        (partial(gzip.compress, mtime=0), b"12", 1 << 20),
+        (partial(gzip.compress, compresslevel=0, mtime=0), bytes(9_969), 200 * 10_000),
+    ],
+)
+def test_read_idx_believes_no_claim_that_its_size_cannot_justify(tmp_path, pack, content, limit):
     path = tmp_path / "x"
 
     def said_of_claim(size):
-        path.write_bytes(pack(struct.pack(">4BI", 0, 0, 8, 1, size) + b"12"))
+        path.write_bytes(pack(struct.pack(">4BI", 0, 0, 8, 1, size) + content))
         return said_of(nn.read_idx, path)
 
-    # gzip may pack another claim to another size, so the limit is looked up for each.
-    for claim in range(1, 60_000):
-        said_of_size = len(pack(struct.pack(">4BI", 0, 0, 8, 1, claim) + b"12"))
-        if claim == ratio * said_of_size:
-            break
-    assert said_of_claim(claim) == f"shape ({claim},) needs {claim} bytes, but it has 2 or more"
-    assert (
-        said_of_claim(claim + ratio) == f"an array of shape ({claim + ratio},) does not fit in it"
-    )
+    has = f"needs {limit} bytes, but it has {len(content)} or more"
+    assert said_of_claim(limit) == f"shape ({limit},) {has}"
+    assert said_of_claim(limit + 1) == f"an array of shape ({limit + 1},) does not fit in it"
+
+
+def test_a_packed_idx_file_takes_no_more_memory_than_it_has_data(tmp_path):
+    path = tmp_path / "x"
+    for size in (30_000_000, 10_000_000):  # a bomb, and a claim that 100 kB might justify
+        content = np.random.default_rng(0).bytes(100_000) if size < 20_000_000 else bytes(size)
+        path.write_bytes(gzip.compress(struct.pack(">4BI", 0, 0, 8, 1, size) + content))
+        assert peak_memory(lambda: said_of(nn.read_idx, path)) < 3_000_000
+
+
+def test_labels_in_order_are_read_however_tightly_they_are_packed(tmp_path):
+    labels = np.repeat(np.arange(10, dtype=np.uint8), 6_000)
+    (tmp_path / "x").write_bytes(gzip.compress(idx_file(labels)))
+    assert (tmp_path / "x").stat().st_size < len(labels) / 500
+    np.testing.assert_array_equal(nn.read_idx(tmp_path / "x"), labels)
+
+
+def test_a_gzip_file_of_several_members_is_read_as_one(tmp_path):
+    array = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    content = idx_file(array)
+    pieces = [content[:3], b"", content[3:9], b"", b"", content[9:]]
+    (tmp_path / "x").write_bytes(b"".join(map(gzip.compress, pieces)) + bytes(9))
+    np.testing.assert_array_equal(nn.read_idx(tmp_path / "x"), array)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    code=st.sampled_from([7, *IDX_CODES.values()]),
+    axes=st.integers(0, 3) | st.just(255),
+    sizes=st.lists(st.integers(0, 4) | st.sampled_from([2**16, 2**31, 2**32 - 1]), max_size=4),
+    content=st.binary(max_size=40),
+    packed=st.booleans(),
+)
+def test_an_idx_file_holds_what_it_says_or_is_refused(
+    tmp_path_factory, code, axes, sizes, content, packed
+):
+    path = tmp_path_factory.mktemp("idx") / "x"
+    whole = struct.pack(f">4B{len(sizes)}I", 0, 0, code, axes, *sizes) + content
+    path.write_bytes(gzip.compress(whole) if packed else whole)
+    message = ""
+    try:
+        read = nn.read_idx(path)
+    except ValueError as error:
+        message = str(error)
+    else:
+        kind = next(kind for kind, number in IDX_CODES.items() if number == code)
+        assert read.dtype == np.dtype(kind).newbyteorder("=")
+        header = struct.pack(f">4B{axes}I", 0, 0, code, axes, *read.shape)
+        assert header + read.astype(kind).tobytes() == whole
+    assert message.startswith(f"{path}: cannot be read: ") or not message
 
 
 def test_an_idx_file_without_axes_holds_one_number(tmp_path):
@@ -4224,6 +4421,37 @@ def test_each_part_of_a_data_set_is_needed(tmp_path, missing):
 def test_a_part_that_does_not_fit_is_refused_with_the_path(tmp_path, change):
     np.savez(tmp_path / "data.npz", **{**four_parts(), **change})
     assert said_of(nn.read_dataset, tmp_path / "data.npz")
+
+
+def test_a_data_set_that_is_cut_off_or_has_a_bit_flipped_is_refused_or_right(tmp_path):
+    parts, path = four_parts((2, 2)), tmp_path / "data.npz"
+    np.savez_compressed(path, **parts)
+    whole, expected = path.read_bytes(), all_bytes(nn.read_dataset(path))
+    broken = [whole[:length] for length in range(0, len(whole), 7)]
+    for bit in range(0, len(whole) * 8, 13):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        broken.append(flipped)
+    refused = 0
+    for content in broken:
+        path.write_bytes(content)
+        message = ""
+        try:
+            data = nn.read_dataset(path)
+        except ValueError as error:
+            message = str(error)
+            refused += 1
+        else:
+            assert all_bytes(data) == expected
+        assert message.startswith(f"{path}: cannot be read: ") or not message
+    assert refused > len(broken) / 2
+
+
+def test_pixels_beyond_float32_are_refused_without_a_warning(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=r"cannot be read: images must be finite$"):
+            data_of(tmp_path, x_train=np.full((6, 4, 5), 1e300))
 
 
 def test_labels_in_a_table_are_refused(tmp_path):
