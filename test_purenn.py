@@ -5445,6 +5445,17 @@ def test_init_from_says_what_does_not_fit(blob_file, tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["i1", "f2", "?", "u8"])
+def test_init_from_refuses_what_no_layer_takes(kind, blob_file, tmp_path, capsys):
+    model = str(tmp_path / "model.npz")
+    params = train_mlp.first_params(mlp_experiment("--data", blob_file, "--hidden", "8"))
+    params["out"]["b"] = params["out"]["b"].astype(kind)
+    nn.save(model, params)
+    assert train_on(blob_file, "--hidden", "8", "--init-from", model) == 2
+    errors = capsys.readouterr().err
+    assert f"{model}: out/b is {np.dtype(kind)}, expected float32 or float64" in errors
+
+
 def test_a_last_layer_that_does_not_fit_begins_anew_where_it_is_trained(blob_file, tmp_path):
     out = str(tmp_path / "out")
     assert train_on(blob_file, "--out", out) == 0
@@ -5617,6 +5628,12 @@ def test_runs_are_compared_by_what_is_their_own(blob_file, tmp_path, monkeypatch
         ("metrics.csv", "epoch,step,loss\n1,2\n"),
         ("metrics.csv", "a,b\n1,2\n"),
         ("metrics.csv", "\xff\x00"),
+        ("options.json", "[" * 100_000),
+        ("metrics.csv", f"epoch,step,loss,accuracy\n1,2,3,{'4' * 200_000}\n"),
+        ("metrics.csv", "epoch,step,loss,accuracy\n1,2,3,4,5\n"),
+        ("metrics.csv", "epoch,step,loss,accuracy\n1,2,1e308,4\n"),
+        ("metrics.csv", "step,loss\n1,2\n"),
+        ("metrics.csv", "epoch,step,loss,accuracy,validation_loss\n1,2,3,4,5\n"),
     ],
 )
 def test_compare_refuses_what_is_no_run(name, text, tmp_path, capsys):
@@ -5625,6 +5642,16 @@ def test_compare_refuses_what_is_no_run(name, text, tmp_path, capsys):
         (tmp_path / file).write_bytes(content.encode("latin-1"))
     assert train_mlp.main(["--compare", str(tmp_path)]) == 2
     assert f"{tmp_path / name}: is not what --out writes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["options.json", "metrics.csv"])
+def test_compare_waits_for_no_pipe(name, tmp_path):
+    (tmp_path / "options.json").write_text("{}")
+    (tmp_path / "metrics.csv").write_text("epoch,step,loss,accuracy\n1,2,3,4\n")
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    said = said_in_time(train_mlp.read_run, str(tmp_path))
+    assert said == f"{tmp_path / name}: is not what --out writes: it is not a file"
 
 
 def test_compare_refuses_runs_that_measured_different_things(tmp_path, capsys):
@@ -5824,6 +5851,10 @@ def test_a_checkpoint_of_something_else_is_refused(blob_file, tmp_path, capsys):
         {"best_score": np.zeros(2)},
         {"rows": np.zeros((2, 3))},
         {"rows": np.zeros(6)},
+        {"rows": np.array(1.0)},
+        {"rows": {"a": np.zeros(6)}},
+        {"of": np.frombuffer(b"[" * 100_000, np.uint8)},
+        {"in two\nlines": np.ones(1)},
         {"state": {}},
         {"more": np.ones(1)},
     ],
@@ -5994,6 +6025,128 @@ def test_folders_that_are_no_data_set_say_why(tmp_path):
         with pytest.raises(ValueError, match=re.escape(words)) as refused:
             train_mlp.read_image_folders(str(tmp_path / name), None)
         assert str(tmp_path / name) in str(refused.value)
+
+
+def chunk(name, content, length=None):
+    """A piece of a PNG file."""
+    length = struct.pack(">I", len(content) if length is None else length)
+    return length + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png(width, height, rows, *extra):
+    """The bytes of a grey PNG file with these sizes in its header, and more pieces after that."""
+    header = chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 0, 0, 0, 0))
+    pieces = (header, *extra, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(pieces)
+
+
+PIXELS = b"\0\1\2\3\0\4\5\6"  # two rows of three, each after its filter
+COMMENT = b"\0\0" + zlib.compress(bytes(1_000_000))
+HOSTILE_IMAGES = {
+    "nothing": b"",
+    "text": b"no image",
+    "a bomb": png(13_000, 13_000, bytes(13_000 * 500)),
+    "more pixels than Pillow takes": png(2**31 - 1, 2**31 - 1, PIXELS),
+    "no width": png(0, 2, PIXELS),
+    "no height": png(3, 0, PIXELS),
+    "a piece of two gigabytes": png(3, 2, PIXELS, chunk(b"IDAT", b"\0", 2**31 - 9)),
+    "comments of a hundred megabytes": png(
+        3, 2, PIXELS, *(chunk(b"zTXt", b"%d" % number + COMMENT) for number in range(100))
+    ),
+    "a program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 3 2\n%%EndComments\nshowpage\n",
+    "a screen of 4 gigapixels": b"GIF89a"
+    + b"\xff" * 4
+    + b"\0\0\0,\0\0\0\0"
+    + b"\xff" * 4
+    + b"\0\2\0;",
+}
+
+
+def one_image(tmp_path, content, name="0.png"):
+    """A folder with one class of one image, and the path of that."""
+    (tmp_path / "class").mkdir(exist_ok=True)
+    path = tmp_path / "class" / name
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name", HOSTILE_IMAGES)
+def test_hostile_images_are_refused_without_a_warning_and_without_much_memory(name, tmp_path):
+    needs_pillow()
+    path = one_image(tmp_path, HOSTILE_IMAGES[name])
+
+    def refuse():
+        with pytest.raises(ValueError, match=f"^{path}: cannot be read as an image: .+"):
+            train_mlp.read_image_folders(str(tmp_path), None)
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        refuse()  # what Pillow imports at first is not meant
+        assert peak_memory(refuse) < len(HOSTILE_IMAGES[name]) + 8_000_000
+    assert not warned
+
+
+def test_an_image_that_is_cut_off_or_has_a_bit_flipped_is_refused_or_right(tmp_path):
+    needs_pillow()
+    whole = png(3, 2, PIXELS)
+    broken = [whole[:length] for length in range(len(whole))]
+    for bit in range(len(whole) * 8):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        broken.append(flipped)
+    refused = 0
+    for content in broken:
+        path = one_image(tmp_path, content)
+        message = ""
+        try:
+            data = train_mlp.read_image_folders(str(tmp_path), None)
+        except ValueError as error:
+            message = str(error)
+            refused += 1
+        else:
+            np.testing.assert_allclose(data["x_train"].ravel() * 255, [1, 2, 3, 4, 5, 6], 1e-6)
+        assert message.startswith(f"{path}: cannot be read as an image: ") or not message
+    assert refused > len(broken) * 0.7
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), struct.error("x"), IndexError("x"), EOFError()])
+def test_whatever_pillow_raises_is_said_of_the_image(error, tmp_path, monkeypatch):
+    needs_pillow()
+    path = one_image(tmp_path, png(3, 2, PIXELS))
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("PIL.Image.Image.convert", fail)
+    with pytest.raises(ValueError, match=f"^{path}: cannot be read as an image: .+"):
+        train_mlp.read_image_folders(str(tmp_path), None)
+
+
+def test_only_files_that_are_images_and_not_hidden_are_read(tmp_path):
+    needs_pillow()
+    path = one_image(tmp_path, png(3, 2, PIXELS))
+    one_image(tmp_path, b"what macOS leaves", "._0.png")
+    one_image(tmp_path, b"another program's", "a.eps")
+    (tmp_path / "class" / "more").mkdir()
+    (tmp_path / "class" / "link.png").symlink_to(path)
+    data = train_mlp.read_image_folders(str(tmp_path), None)
+    assert data["x_train"].shape == (2, 1, 2, 3)
+    (tmp_path / "class" / "1.png").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"1\.png: cannot be read as an image: it is not a file"):
+        train_mlp.read_image_folders(str(tmp_path), None)
+    (tmp_path / "class" / "0.png").unlink()
+    os.mkfifo(tmp_path / "class" / "0.png")
+    said = said_in_time(lambda path: train_mlp.read_image_folders(path, None), str(tmp_path))
+    assert said.startswith(str(path))
+
+
+def test_one_class_alone_and_names_with_dollars_are_a_data_set(tmp_path, monkeypatch, capsys):
+    needs_pillow()
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib, which is optional")
+    write_images(tmp_path / "images", classes=["$\\frac$"], count=20)
+    options = ["--data", str(tmp_path / "images"), "--hidden", "4", "--epochs", "1"]
+    assert train_mlp.main([*options, "--plot", str(tmp_path / "$\\plots$")]) == 0
+    assert "test_accuracy=1.0000" in capsys.readouterr().out
 
 
 def test_images_without_pillow_say_what_to_install(tmp_path, monkeypatch, capsys):

@@ -24,6 +24,7 @@ import sys
 import textwrap
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -647,18 +648,33 @@ def sub_folders(folder: str) -> list[str]:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others may run programs
+
+
 def read_image(path: str, size: int | None) -> np.ndarray:
     """(C, H, W) from 0 to 1 of an image file with 8 bits a colour; one channel if it is grey."""
     import PIL.Image
 
     try:
-        with PIL.Image.open(path) as image:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise ValueError("it is not a file")
+        with open(path, "rb") as file:
+            content = io.BytesIO(file.read())  # asked for more than there is, it takes no memory
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            PIL.Image.open(content, formats=IMAGE_FORMATS).verify()  # a PNG's checksums
+            image = PIL.Image.open(content, formats=IMAGE_FORMATS)
             if image.mode[0] in "IF":
                 raise ValueError(f"its pixels are of mode {image.mode}, expected 8 bits a colour")
+            if not 0 < math.prod(image.size) <= max(1_000_000, 200 * len(content.getbuffer())):
+                raise ValueError(f"{image.width}x{image.height} pixels do not fit in it")
             grey = image.mode in ("1", "L", "LA")
             pixels = np.asarray(image.convert("L" if grey else "RGB"), np.float32)
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from None
+    except Exception as error:  # Pillow raises any, for damaged files
+        reason = str(error) or type(error).__name__
+        if isinstance(error, PIL.UnidentifiedImageError):
+            reason = f"it is no whole {', '.join(IMAGE_FORMATS)}"
+        raise ValueError(f"{path}: cannot be read as an image: {reason}") from None
     pixels = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1) / np.float32(255)
     return pixels if size is None else nn.resize(pixels[None], size)[0]
 
@@ -666,15 +682,17 @@ def read_image(path: str, size: int | None) -> np.ndarray:
 def read_images(folder: str, classes: list[str], size: int | None) -> tuple[np.ndarray, np.ndarray]:
     """(images, labels) of a folder with one sub-folder for each class."""
     try:
-        import PIL.Image
+        import PIL.PngImagePlugin
     except ImportError:
         raise ValueError(f"{folder}: image files need Pillow: pip install pillow") from None
-    suffixes = tuple(PIL.Image.registered_extensions())
+    PIL.PngImagePlugin.MAX_TEXT_MEMORY = 1 << 22  # bytes of comments unpacked, else 64 MB a file
+    known = PIL.Image.registered_extensions().items()
+    suffixes = tuple(suffix for suffix, kind in known if kind in IMAGE_FORMATS)
     images, labels = [], []
     for label, name in enumerate(classes):
         files = sorted(os.listdir(os.path.join(folder, name)))
+        files = [f for f in files if f.lower().endswith(suffixes) and not f.startswith(".")]
         paths = [os.path.join(folder, name, file) for file in files]
-        paths = [path for path in paths if path.lower().endswith(suffixes)]
         if not paths:
             raise ValueError(f"{os.path.join(folder, name)}: there is no image in this folder")
         for path in paths:
@@ -1065,6 +1083,9 @@ def as_shape(batch: np.ndarray) -> str:
 def start_from(path: str, params: nn.Tree, anew: Sequence[str]) -> nn.Tree:
     """The params of a file, which must fit; those layers of `anew` that do not, as in `params`."""
     loaded = nn.load(path)
+    for entry, array in nn.tree_flatten(loaded).items():
+        if array.dtype.char not in "fd":
+            raise ValueError(f"{path}: {entry} is {array.dtype}, expected float32 or float64")
     unknown = sorted(loaded.keys() - params.keys())
     if unknown:
         raise ValueError(f"{path}: this network has no layer {' or '.join(unknown)}")
@@ -1391,7 +1412,7 @@ def read_checkpoint(experiment: Experiment, progress: Progress) -> Progress:
         count, options = len(experiment.data["x_train"]), experiment.options
         if not 0 <= resumed.step <= options.epochs * count_steps(count, options.batch_size):
             raise ValueError(f"it is of step {resumed.step}")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:
         raise ValueError(f"{path}: cannot be resumed: {error}") from None
     return resumed
 
@@ -1579,7 +1600,8 @@ def guarded(name: str, function: Callable[[], None]) -> int:
         print(f"\n{name}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError) as error:
-        print(f"{name}: error: {str(error) or 'not enough memory'}", file=sys.stderr)
+        reason = " ".join(str(error).splitlines()) or "not enough memory"
+        print(f"{name}: error: {reason}", file=sys.stderr)
         return 2
     return 0
 
@@ -1624,6 +1646,11 @@ def pyplot() -> Any:
     return matplotlib.pyplot
 
 
+def without_formulas(text: str) -> str:
+    """The text for a picture, where what stands between two dollars would be read as TeX."""
+    return text.replace("$", r"\$")
+
+
 def drawable(names: list[str]) -> list[str]:
     """The names, with a font that can draw them chosen; their numbers where there is none."""
     rc_params = pyplot().rcParams
@@ -1638,7 +1665,7 @@ def drawable(names: list[str]) -> list[str]:
             continue  # comes with matplotlib and has a box for every character
         if all(font.get_char_index(ord(character)) for character in characters):
             rc_params["font.family"] = ["DejaVu Sans", font.family_name]
-            return names
+            return [without_formulas(name) for name in names]
     return [str(number) for number in range(len(names))]
 
 
@@ -1655,7 +1682,8 @@ def plot_curves(path: str, runs: dict[str, list[dict[str, float]]], title: str) 
         for part, prefix, style in (("training", "", "--"), ("validation", "validation_", "-")):
             if f"{prefix}loss" not in rows[0]:
                 continue
-            look |= {"linestyle": style, "label": f"{label}, {part}" if label else part}
+            name = f"{without_formulas(label)}, {part}" if label else part
+            look |= {"linestyle": style, "label": name}
             for panel, quantity in zip(panels, quantities, strict=True):
                 panel.plot(steps, [row[prefix + quantity] for row in rows], **look)
     for panel, quantity in zip(panels, quantities, strict=True):
@@ -1667,25 +1695,39 @@ def plot_curves(path: str, runs: dict[str, list[dict[str, float]]], title: str) 
     handles, labels = panels[0].get_legend_handles_labels()
     columns = max(1, min(4, 140 // (max(map(len, labels)) + 8)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-    figure.suptitle(textwrap.fill(title, 120), fontsize="medium")
+    figure.suptitle(textwrap.fill(without_formulas(title), 120), fontsize="medium")
     figure.savefig(path, dpi=120)
     pyplot().close(figure)
+
+
+def open_text(path: str) -> io.TextIOWrapper:
+    """A text file, open for reading. ValueError for what is there but no file: a pipe may hang."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is not a file")
+    return open(path, newline="", encoding="utf-8")
 
 
 def read_run(folder: str) -> tuple[dict[str, str], list[dict[str, float]]]:
     """(setting, rows) of a run that was kept with --out."""
     path = os.path.join(folder, "options.json")
     try:
-        with open(path, encoding="utf-8") as file:
+        with open_text(path) as file:
             setting = {str(flag): str(value) for flag, value in json.load(file).items()}
         path = os.path.join(folder, "metrics.csv")
-        with open(path, newline="", encoding="utf-8") as file:
+        with open_text(path) as file:
             rows = [
                 {name: float(value) for name, value in row.items()} for row in csv.DictReader(file)
             ]
-        if not rows or not {"step", "loss"} <= rows[0].keys():
+        names = list(rows[0]) if rows else []
+        if (
+            names[:3] != ["epoch", "step", "loss"]
+            or names[3:4] not in (["accuracy"], ["error"])
+            or names[4:] not in ([], [f"validation_{name}" for name in names[2:4]])
+        ):
             raise ValueError("there are no steps and losses in it")
-    except (ValueError, TypeError, AttributeError) as error:
+        if any(1e100 < abs(value) < math.inf for row in rows for value in row.values()):
+            raise ValueError("there are numbers in it that cannot be drawn")
+    except (ValueError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path}: is not what --out writes: {error}") from None
     return setting, rows
 
