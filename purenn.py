@@ -106,6 +106,17 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
+def _float(where: str, name: str, value: Any) -> float:
+    """`value` as a float; nan where it is too large for one."""
+    kinds = (int, float, np.integer, np.floating)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{where}: {name} must be a number, got {_kind(value)}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
+
+
 def _number(
     where: str,
     name: str,
@@ -116,13 +127,7 @@ def _number(
     below: float = math.inf,
 ) -> float:
     """`value` as a float with minimum <= value <= maximum and above < value < below."""
-    kinds = (int, float, np.integer, np.floating)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(f"{where}: {name} must be a number, got {_kind(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.nan
+    number = value if type(value) is float else _float(where, name, value)
     if not (minimum <= number <= maximum and above < number < below):
         limits = [f">= {minimum:g}", f"<= {maximum:g}", f"> {above:g}", f"< {below:g}"]
         known = [limit for limit in limits if "inf" not in limit]
@@ -140,11 +145,27 @@ def _whole(where: str, name: str, value: Any, minimum: int) -> int:
     return int(value)
 
 
+def _check_bool(where: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{where}: {name} must be True or False, got {_kind(value)}")
+
+
+def _is_array(x: Any) -> bool:
+    """Whether x is an array, but neither masked nor a matrix, which compute in other ways."""
+    return isinstance(x, np.ndarray) and not isinstance(x, (np.ma.MaskedArray, np.matrix))
+
+
+def _check_numbers(where: str, name: str, x: Any) -> None:
+    """Refuse everything that is not an array of real numbers, of whatever type."""
+    if not (_is_array(x) or isinstance(x, np.generic)) or x.dtype.kind not in "biuf":
+        raise TypeError(f"{where}: {name} must be an array of numbers, got {_kind(x)}")
+
+
 def _check_array(where: str, name: str, x: Any) -> None:
     """Refuse everything that is not an array of float32 or float64."""
     if type(x) is np.ndarray and x.dtype.char in "fd":
         return
-    if not isinstance(x, np.ndarray) or isinstance(x, (np.ma.MaskedArray, np.matrix)):
+    if not _is_array(x):
         raise TypeError(f"{where}: {name} must be a NumPy array, got {_kind(x)}")
     if x.dtype.char not in "fd":
         raise TypeError(
@@ -195,6 +216,13 @@ def _check_gradient(where: str, dy: Any, shape: Shape, dtype: np.dtype) -> Array
     return dy
 
 
+def _check_backward(where: str, params: Any, cache: Any, dy: Any) -> Array:
+    """dy in the dtype of the cache, for a layer without params whose cache has the shape of y."""
+    _check_params(where, params)
+    _check_array(where, "cache", cache)
+    return _check_gradient(where, dy, cache.shape, cache.dtype)
+
+
 def _check_shape(where: str, shape: Any, lengths: tuple[int, ...] | None = None) -> Shape:
     """`shape` (without the batch axis) as a tuple of ints, with one of the allowed lengths."""
     if not isinstance(shape, (tuple, list)):
@@ -218,6 +246,8 @@ def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
 
     All trees have the same names, else ValueError. Everything that is not a dict is a leaf.
     """
+    if not callable(f):
+        raise TypeError(f"tree_map: f must be a function, got {_kind(f)}")
     if not trees:
         raise TypeError("tree_map: expected at least one tree")
     if not any(isinstance(tree, dict) for tree in trees):
@@ -230,24 +260,37 @@ def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
     return {name: tree_map(f, *(tree[name] for tree in trees)) for name in trees[0]}
 
 
+def _flatten(where: str, what: str, tree: Any) -> dict[str, Any]:
+    """`tree_flatten`, with errors that say what the tree is."""
+    if not isinstance(tree, dict):
+        raise TypeError(f"{where}: {what} must be a dict, got {_kind(tree)}")
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{where}: names must be strings, got {name!r}")
+        if not name or "/" in name:
+            raise ValueError(f"{where}: a name must not be empty or contain '/', got {name!r}")
+        if isinstance(value, dict):
+            flat.update({f"{name}/{path}": v for path, v in _flatten(where, what, value).items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def _arrays(where: str, what: str, tree: Any) -> dict[str, Any]:
+    """A tree as `tree_flatten` gives it; refused unless every leaf is an array of numbers."""
+    flat = _flatten(where, what, tree)
+    for path, leaf in flat.items():
+        _check_numbers(where, path, leaf)
+    return flat
+
+
 def tree_flatten(tree: Tree) -> dict[str, Any]:
     """{"hidden/W": leaf, ...}: one flat dict, the names on the way joined by "/".
 
     Branches without leaves vanish. ValueError for an empty name or one with a "/" in it.
     """
-    if not isinstance(tree, dict):
-        raise TypeError(f"tree_flatten: tree must be a dict, got {_kind(tree)}")
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if not isinstance(name, str):
-            raise TypeError(f"tree_flatten: names must be strings, got {name!r}")
-        if not name or "/" in name:
-            raise ValueError(f"tree_flatten: a name must not be empty or contain '/', got {name!r}")
-        if isinstance(value, dict):
-            flat.update({f"{name}/{rest}": leaf for rest, leaf in tree_flatten(value).items()})
-        else:
-            flat[name] = value
-    return flat
+    return _flatten("tree_flatten", "tree", tree)
 
 
 def tree_unflatten(flat: dict[str, Any]) -> Tree:
@@ -275,6 +318,21 @@ def tree_unflatten(flat: dict[str, Any]) -> Tree:
     return tree
 
 
+def _add(total: Tree, tree: Tree) -> Tree:
+    total = dict(total)
+    for name, value in tree.items():
+        branches = isinstance(value, dict) + isinstance(total.get(name), dict)
+        if name not in total:
+            total[name] = value
+        elif branches == 2:
+            total[name] = _add(total[name], value)
+        elif branches == 1 or value.shape != total[name].shape:
+            raise ValueError(f"tree_add: {name!r} is {_kind(total[name])} and {_kind(value)}")
+        else:
+            total[name] = np.asarray(total[name] + value)
+    return total
+
+
 def tree_add(*trees: Tree) -> Tree:
     """The sum of trees, entry by entry; a tree that lacks an entry counts as zero there.
 
@@ -283,17 +341,8 @@ def tree_add(*trees: Tree) -> Tree:
     """
     total: Tree = {}
     for tree in trees:
-        if not isinstance(tree, dict):
-            raise TypeError(f"tree_add: every tree must be a dict, got {_kind(tree)}")
-        for name, value in tree.items():
-            if name not in total:
-                total[name] = value
-            elif isinstance(value, dict) and isinstance(total[name], dict):
-                total[name] = tree_add(total[name], value)
-            elif np.shape(value) != np.shape(total[name]) or isinstance(value, dict):
-                raise ValueError(f"tree_add: {name!r} is {_kind(total[name])} and {_kind(value)}")
-            else:
-                total[name] = np.asarray(total[name] + value)
+        _arrays("tree_add", "every tree", tree)
+        total = _add(total, tree)
     return total
 
 
@@ -302,13 +351,13 @@ def count_parameters(tree: Tree) -> int:
 
     Of `params` that includes running statistics; of `grads` it is the trained ones alone.
     """
-    flat = tree_flatten(tree)
-    return sum(np.size(leaf) for path, leaf in flat.items() if path.split("/")[-1] != "key")
+    arrays = _arrays("count_parameters", "tree", tree)
+    return sum(leaf.size for path, leaf in arrays.items() if path.split("/")[-1] != "key")
 
 
-def global_norm(tree: Tree) -> float:
-    """sqrt(Σ g²) over all entries of a tree, summed in float64."""
-    leaves = [np.asarray(leaf, np.float64).ravel() for leaf in tree_flatten(tree).values()]
+def _norm(where: str, what: str, tree: Any) -> float:
+    arrays = _arrays(where, what, tree)
+    leaves = [np.asarray(leaf, np.float64).ravel() for leaf in arrays.values()]
     largest = float(np.max([np.abs(leaf).max(initial=0) for leaf in leaves], initial=0))
     if largest == 0 or not math.isfinite(largest):
         return largest
@@ -316,9 +365,15 @@ def global_norm(tree: Tree) -> float:
     return largest * math.sqrt(sum(float(leaf @ leaf) for leaf in scaled))
 
 
+def global_norm(tree: Tree) -> float:
+    """sqrt(Σ g²) over all entries of a tree, summed in float64."""
+    return _norm("global_norm", "tree", tree)
+
+
 def _times(leaf: Any, factor: float) -> Array:
+    """leaf · factor, an array; in the dtype of the leaf if it holds floats."""
     leaf = np.asarray(leaf)
-    return np.asarray(leaf * factor, leaf.dtype)
+    return np.asarray(leaf * factor, leaf.dtype if leaf.dtype.kind == "f" else None)
 
 
 def clip_gradients(grads: Tree, max_norm: float) -> Tree:
@@ -327,7 +382,7 @@ def clip_gradients(grads: Tree, max_norm: float) -> Tree:
     ValueError where the norm is nan or infinite.
     """
     max_norm = _number("clip_gradients", "max_norm", max_norm, above=0, below=math.inf)
-    norm = global_norm(grads)
+    norm = _norm("clip_gradients", "grads", grads)
     if not math.isfinite(norm):
         raise ValueError(f"clip_gradients: the norm of the gradients is {norm}")
     if norm <= max_norm:
@@ -502,14 +557,14 @@ class Layer(NamedTuple):
 _WEIGHTED = frozenset({"W", "b", "key"})  # the entries of linear and conv2d
 
 
-def _check_first(where: str, init: Any, bias: Any) -> None:
-    """What linear and conv2d ask of these options."""
-    if not isinstance(bias, bool):
-        raise TypeError(f"{where}: bias must be True or False, got {_kind(bias)}")
+def _check_options(where: str, out: Any, init: Any, bias: Any) -> int:
+    """What linear and conv2d ask of these options; `out` as an int."""
+    _check_bool(where, "bias", bias)
     if not callable(init):
         raise TypeError(
             f"{where}: init must be a function (key, shape) -> array, got {_kind(init)}"
         )
+    return _whole(where, "out", out, 1)
 
 
 def _first_params(
@@ -517,8 +572,9 @@ def _first_params(
 ) -> dict[str, Array]:
     """W of `shape` from `init`, and b of so many zeros unless there are none."""
     W = init(fold_key(key, 0), shape)
-    if np.shape(W) != shape:
-        raise ValueError(f"{where}: init gave shape {np.shape(W)}, expected {shape}")
+    _check_array(where, "what init gave", W)
+    if W.shape != shape:
+        raise ValueError(f"{where}: init gave shape {W.shape}, expected {shape}")
     return {"W": W, "b": np.zeros(biases, np.float32)} if biases else {"W": W}
 
 
@@ -533,6 +589,7 @@ def linear_init(
     key: Key, shape: Shape, *, out: int, init: Initializer, bias: bool
 ) -> tuple[Tree, Shape]:
     """W (in, out) from `init`, b (out,) of zeros; shape (..., in) becomes (..., out)."""
+    out = _check_options("linear", out, init, bias)
     shape = _check_shape("linear", shape)
     if not shape:
         raise ValueError("linear: shape () has no axis of features; put flatten() before it")
@@ -544,6 +601,10 @@ def _linear_weight(params: Tree, x: Array) -> Array:
     W = _entry("linear", params, "W", x.dtype)
     if W.ndim != 2:
         raise ValueError(f"linear: W must be (in, out), got shape {W.shape}")
+    if x.ndim < 2:
+        raise ValueError(f"linear: x must be (N, ..., in), got shape {x.shape}")
+    if x.shape[-1] != W.shape[0]:
+        raise ValueError(f"linear: x has {x.shape[-1]} features, but W takes {W.shape[0]}")
     return W
 
 
@@ -551,10 +612,6 @@ def linear_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = x W + b, for x (N, ..., in) and y (N, ..., out)."""
     _check_input("linear", params, x, _WEIGHTED)
     W = _linear_weight(params, x)
-    if x.ndim < 2:
-        raise ValueError(f"linear: x must be (N, ..., in), got shape {x.shape}")
-    if x.shape[-1] != W.shape[0]:
-        raise ValueError(f"linear: x has {x.shape[-1]} features, but W takes {W.shape[0]}")
     y = x @ W
     if "b" in params:
         y += _bias("linear", params, W.shape[1], x.dtype)
@@ -567,6 +624,7 @@ def linear_backward(
     """dx = dy Wᵀ, dW = xᵀ dy, db = Σ dy over all axes but the last."""
     x = cache
     _check_array("linear", "cache", x)
+    _check_params("linear", params, _WEIGHTED)
     W = _linear_weight(params, x)
     dy = _check_gradient("linear", dy, (*x.shape[:-1], W.shape[-1]), x.dtype)
     rows = dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])
@@ -578,8 +636,7 @@ def linear_backward(
 
 def linear(out: int, init: Initializer = he_normal, bias: bool = True) -> Layer:
     """Fully connected layer with `out` units: y = x W + b. Any number of leading axes."""
-    out = _whole("linear", "out", out, 1)
-    _check_first("linear", init, bias)
+    out = _check_options("linear", out, init, bias)
     return Layer(
         partial(linear_init, out=out, init=init, bias=bias), linear_forward, linear_backward
     )
@@ -601,8 +658,7 @@ def identity_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 def identity_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy."""
-    _check_array("identity", "cache", cache)
-    return _check_gradient("identity", dy, cache.shape, cache.dtype), {}
+    return _check_backward("identity", params, cache, dy), {}
 
 
 def identity() -> Layer:
@@ -625,8 +681,9 @@ def flatten_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 def flatten_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx is dy in the shape of x."""
     x = cache
+    _check_params("flatten", params)
     _check_array("flatten", "cache", x)
-    dy = _check_gradient("flatten", dy, (x.shape[0], math.prod(x.shape[1:])), x.dtype)
+    dy = _check_gradient("flatten", dy, (*x.shape[:1], math.prod(x.shape[1:])), x.dtype)
     return dy.reshape(x.shape), {}
 
 
@@ -647,10 +704,8 @@ def relu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 def relu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy where y > 0, else 0."""
-    y = cache
-    _check_array("relu", "cache", y)
-    dy = _check_gradient("relu", dy, y.shape, y.dtype)
-    dx = (y > 0).astype(y.dtype)
+    dy = _check_backward("relu", params, cache, dy)
+    dx = (cache > 0).astype(cache.dtype)
     dx *= dy
     return dx, {}
 
@@ -660,9 +715,14 @@ def relu() -> Layer:
     return Layer(identity_init, relu_forward, relu_backward)
 
 
+def _slope(slope: Any) -> float:
+    return _number("leaky_relu", "slope", slope, above=-math.inf, below=math.inf)
+
+
 def leaky_relu_forward(params: Tree, x: Array, *, slope: float) -> tuple[Array, Array]:
     """y = x where x > 0, else slope · x."""
     _check_input("leaky_relu", params, x)
+    slope = _slope(slope)
     return np.where(x > 0, x, slope * x), x
 
 
@@ -670,37 +730,37 @@ def leaky_relu_backward(
     params: Tree, cache: Array, dy: Array, *, slope: float
 ) -> tuple[Array, Tree]:
     """dx = dy where x > 0, else slope · dy."""
-    x = cache
-    _check_array("leaky_relu", "cache", x)
-    dy = _check_gradient("leaky_relu", dy, x.shape, x.dtype)
-    return np.where(x > 0, dy, slope * dy), {}
+    dy = _check_backward("leaky_relu", params, cache, dy)
+    return np.where(cache > 0, dy, _slope(slope) * dy), {}
 
 
 def leaky_relu(slope: float = 0.01) -> Layer:
     """x where x > 0, else slope · x (Maas et al. 2013)."""
-    slope = _number("leaky_relu", "slope", slope, above=-math.inf, below=math.inf)
+    slope = _slope(slope)
     forward = partial(leaky_relu_forward, slope=slope)
     return Layer(identity_init, forward, partial(leaky_relu_backward, slope=slope))
+
+
+def _alpha(alpha: Any) -> float:
+    return _number("elu", "alpha", alpha, above=0, below=math.inf)
 
 
 def elu_forward(params: Tree, x: Array, *, alpha: float) -> tuple[Array, Array]:
     """y = x where x > 0, else alpha · (exp(x) - 1)."""
     _check_input("elu", params, x)
-    y = np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0)))
+    y = np.where(x > 0, x, _alpha(alpha) * np.expm1(np.minimum(x, 0)))
     return y, y
 
 
 def elu_backward(params: Tree, cache: Array, dy: Array, *, alpha: float) -> tuple[Array, Tree]:
     """dx = dy where y > 0, else dy · alpha · exp(x) = dy · (y + alpha)."""
-    y = cache
-    _check_array("elu", "cache", y)
-    dy = _check_gradient("elu", dy, y.shape, y.dtype)
-    return np.where(y > 0, dy, dy * (y + alpha)), {}
+    y, dy = cache, _check_backward("elu", params, cache, dy)
+    return np.where(y > 0, dy, dy * (y + _alpha(alpha))), {}
 
 
 def elu(alpha: float = 1.0) -> Layer:
     """x where x > 0, else alpha · (exp(x) - 1) (Clevert et al. 2016)."""
-    alpha = _number("elu", "alpha", alpha, above=0, below=math.inf)
+    alpha = _alpha(alpha)
     forward = partial(elu_forward, alpha=alpha)
     return Layer(identity_init, forward, partial(elu_backward, alpha=alpha))
 
@@ -719,9 +779,7 @@ def sigmoid_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 def sigmoid_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy · y · (1 - y)."""
-    y = cache
-    _check_array("sigmoid", "cache", y)
-    return _check_gradient("sigmoid", dy, y.shape, y.dtype) * (y * (1 - y)), {}
+    return _check_backward("sigmoid", params, cache, dy) * (cache * (1 - cache)), {}
 
 
 def sigmoid() -> Layer:
@@ -738,9 +796,7 @@ def tanh_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 def tanh_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy · (1 - y²)."""
-    y = cache
-    _check_array("tanh", "cache", y)
-    return _check_gradient("tanh", dy, y.shape, y.dtype) * (1 - y * y), {}
+    return _check_backward("tanh", params, cache, dy) * (1 - cache * cache), {}
 
 
 def tanh() -> Layer:
@@ -756,9 +812,7 @@ def softplus_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 def softplus_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy · sigmoid(x)."""
-    x = cache
-    _check_array("softplus", "cache", x)
-    return _check_gradient("softplus", dy, x.shape, x.dtype) * _sigmoid(x), {}
+    return _check_backward("softplus", params, cache, dy) * _sigmoid(cache), {}
 
 
 def softplus() -> Layer:
@@ -786,10 +840,8 @@ def gelu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 def gelu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy · ((1 + t)/2 + x/2 · (1 - t²) · sqrt(2/π) · (1 + 3 · 0.044715 x²)), t the tanh."""
-    x = cache
-    _check_array("gelu", "cache", x)
-    dy = _check_gradient("gelu", dy, x.shape, x.dtype)
-    clipped, t = _gelu_tanh(x)
+    dy = _check_backward("gelu", params, cache, dy)
+    clipped, t = _gelu_tanh(cache)
     inner = _GELU * (1 + 3 * 0.044715 * clipped * clipped)
     return dy * (0.5 * (1 + t) + 0.5 * clipped * (1 - t * t) * inner), {}
 
@@ -807,9 +859,7 @@ def silu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 def silu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy · s · (1 + x · (1 - s)), s = sigmoid(x)."""
-    x = cache
-    _check_array("silu", "cache", x)
-    dy = _check_gradient("silu", dy, x.shape, x.dtype)
+    x, dy = cache, _check_backward("silu", params, cache, dy)
     s = _sigmoid(x)
     return dy * (s * (1 + x * _sigmoid(-x))), {}
 
@@ -844,9 +894,7 @@ def softmax_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 def softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = y · (dy - Σ dy · y)."""
-    y = cache
-    _check_array("softmax", "cache", y)
-    dy = _check_gradient("softmax", dy, y.shape, y.dtype)
+    y, dy = cache, _check_backward("softmax", params, cache, dy)
     return y * (dy - (dy * y).sum(axis=-1, keepdims=True)), {}
 
 
@@ -866,10 +914,8 @@ def log_softmax_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 def log_softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy - exp(y) · Σ dy."""
-    y = cache
-    _check_array("log_softmax", "cache", y)
-    dy = _check_gradient("log_softmax", dy, y.shape, y.dtype)
-    return dy - np.exp(y) * dy.sum(axis=-1, keepdims=True), {}
+    dy = _check_backward("log_softmax", params, cache, dy)
+    return dy - np.exp(cache) * dy.sum(axis=-1, keepdims=True), {}
 
 
 def log_softmax() -> Layer:
@@ -880,9 +926,14 @@ def log_softmax() -> Layer:
 # --- regularisers ---
 
 
+def _rate_of_dropout(rate: Any) -> float:
+    return _number("dropout", "rate", rate, minimum=0, below=1)
+
+
 def dropout_forward(params: Tree, x: Array, *, rate: float) -> tuple[Array, Tree]:
     """y = x · mask / (1 - rate), mask 0 with probability rate, from params["key"]; else y = x."""
     _check_input("dropout", params, x)
+    rate = _rate_of_dropout(rate)
     if "key" not in params:
         return x, {"x": x}
     mask = (_generator(params["key"]).random(x.shape, np.float32) >= rate).astype(x.dtype)
@@ -895,10 +946,9 @@ def dropout_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]
     if not isinstance(cache, dict) or not cache.keys() & {"mask", "x"}:
         raise ValueError(f"dropout: the cache is not its own, it holds {_names(cache)}")
     if "mask" not in cache:
-        return identity_backward(params, cache["x"], dy)
+        return _check_backward("dropout", params, cache["x"], dy), {}
     mask = cache["mask"]
-    _check_array("dropout", "mask", mask)
-    return _check_gradient("dropout", dy, mask.shape, mask.dtype) * mask, {}
+    return _check_backward("dropout", params, mask, dy) * mask, {}
 
 
 def dropout(rate: float) -> Layer:
@@ -906,13 +956,26 @@ def dropout(rate: float) -> Layer:
 
     At inference it is the identity ("inverted" dropout; Srivastava et al. 2014).
     """
-    rate = _number("dropout", "rate", rate, minimum=0, below=1)
+    rate = _rate_of_dropout(rate)
     return Layer(identity_init, partial(dropout_forward, rate=rate), dropout_backward)
 
 
 # --- normalisation ---
 
 _BATCH_NORM = frozenset({"gamma", "beta", "mean", "var", "key"})
+
+
+def _eps(where: str, eps: Any) -> float:
+    return _number(where, "eps", eps, above=0, below=math.inf)
+
+
+def _vector(where: str, params: Tree, name: str, x: Array, axis: int) -> Array:
+    """The entry of params with a value for each channel (axis 1) or feature (axis -1) of x."""
+    entry = _entry(where, params, name, x.dtype)
+    if entry.shape != (x.shape[axis],):
+        what = "channels" if axis == 1 else "features"
+        raise ValueError(f"{where}: x has {x.shape[axis]} {what}, but {name} is {entry.shape}")
+    return entry
 
 
 def batch_norm_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
@@ -947,16 +1010,12 @@ def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tr
     `update_statistics` moves params["mean"] and params["var"] to.
     """
     _check_input("batch_norm", params, x, _BATCH_NORM)
+    eps = _eps("batch_norm", eps)
     if x.ndim not in (2, 4):
         raise ValueError(f"batch_norm: x must be (N, C) or (N, C, H, W), got shape {x.shape}")
-    entries = {}
-    for name in ("gamma", "beta", "mean", "var"):
-        entries[name] = entry = _entry("batch_norm", params, name, x.dtype)
-        if entry.shape != x.shape[1:2]:
-            raise ValueError(
-                f"batch_norm: x has {x.shape[1]} channels, but {name} is {entry.shape}"
-            )
-    gamma, beta, mean, var = entries.values()
+    gamma, beta, mean, var = (
+        _vector("batch_norm", params, name, x, 1) for name in ("gamma", "beta", "mean", "var")
+    )
     if "key" in params:
         count = x.size // max(x.shape[1], 1)
         if count < 2:
@@ -981,12 +1040,14 @@ def batch_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tr
     x̂ is the normalised x; sums and means are over all axes but C. At inference mean and var are
     constants, and dx = gamma/σ · dy.
     """
-    if not isinstance(cache, dict) or not isinstance(cache.get("centered"), np.ndarray):
+    if not isinstance(cache, dict) or "centered" not in cache:
         raise ValueError(f"batch_norm: the cache is not its own, it holds {_names(cache)}")
+    _check_params("batch_norm", params, _BATCH_NORM)
     centered = cache["centered"]
+    _check_array("batch_norm", "centered", centered)
     inverse_std = _entry("batch_norm", cache, "inverse_std", centered.dtype)
-    gamma = _entry("batch_norm", params, "gamma", centered.dtype)
     dy = _check_gradient("batch_norm", dy, centered.shape, centered.dtype)
+    gamma = _vector("batch_norm", params, "gamma", centered, 1)
     dbeta = _channel_sums(dy)
     dgamma = _channel_sums(dy, centered) * inverse_std
     scale = gamma * inverse_std
@@ -1003,7 +1064,7 @@ def batch_norm(eps: float = 1e-5) -> Layer:
 
     Its running statistics params["mean"] and params["var"] are moved by `update_statistics`.
     """
-    eps = _number("batch_norm", "eps", eps, above=0, below=math.inf)
+    eps = _eps("batch_norm", eps)
     return Layer(batch_norm_init, partial(batch_norm_forward, eps=eps), batch_norm_backward)
 
 
@@ -1018,6 +1079,8 @@ def update_statistics(params: Tree, cache: Tree, momentum: float = 0.1) -> Tree:
     momentum = _number("update_statistics", "momentum", momentum, minimum=0, maximum=1)
     if not isinstance(params, dict):
         raise TypeError(f"update_statistics: params must be a dict, got {_kind(params)}")
+    if not isinstance(cache, (dict, np.ndarray)):  # an array is the whole cache of, say, linear
+        raise TypeError(f"update_statistics: cache must be that of forward, got {_kind(cache)}")
     return _moved(params, cache, momentum)
 
 
@@ -1027,7 +1090,9 @@ def _moved(params: Tree, cache: Any, momentum: float) -> Tree:
     moved = {name: _moved(value, cache.get(name), momentum) for name, value in params.items()}
     for name, batch in _statistics(params, cache).items():
         running = params[name]
-        if np.shape(batch) != running.shape:
+        _check_array("update_statistics", name, running)
+        _check_numbers("update_statistics", name, batch)
+        if batch.shape != running.shape:
             raise ValueError(f"update_statistics: {name} is {_kind(running)}, got {_kind(batch)}")
         moved[name] = (running + momentum * (batch - running)).astype(running.dtype)
     return moved
@@ -1038,7 +1103,11 @@ def _statistics(params: Any, cache: Any) -> Tree:
     found = cache.get("statistics") if isinstance(cache, dict) else None
     if not isinstance(found, dict) or not isinstance(params, dict):
         return {}
-    return {name: value for name, value in found.items() if isinstance(params.get(name), Array)}
+    return {
+        name: value
+        for name, value in found.items()
+        if name in params and not isinstance(params[name], dict)
+    }
 
 
 _LAYER_NORM = frozenset({"gamma", "beta", "key"})
@@ -1055,15 +1124,10 @@ def layer_norm_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
 def layer_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tree]:
     """y = gamma · (x - mean) / sqrt(var + eps) + beta, mean and var (biased) over the last axis."""
     _check_input("layer_norm", params, x, _LAYER_NORM)
+    eps = _eps("layer_norm", eps)
     if x.ndim < 2 or x.shape[-1] == 0:
         raise ValueError(f"layer_norm: x must be (N, ..., C), got shape {x.shape}")
-    gamma = _entry("layer_norm", params, "gamma", x.dtype)
-    beta = _entry("layer_norm", params, "beta", x.dtype)
-    for name, entry in (("gamma", gamma), ("beta", beta)):
-        if entry.shape != x.shape[-1:]:
-            raise ValueError(
-                f"layer_norm: x has {x.shape[-1]} features, but {name} is {entry.shape}"
-            )
+    gamma, beta = (_vector("layer_norm", params, name, x, -1) for name in ("gamma", "beta"))
     normalized = x - x.mean(axis=-1, keepdims=True)
     inverse_std = 1 / np.sqrt(np.square(normalized).mean(axis=-1, keepdims=True) + eps)
     normalized *= inverse_std
@@ -1075,12 +1139,14 @@ def layer_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tr
 
     x̂ is the normalised x; the sums are over all axes but the last, the means over the last.
     """
-    if not isinstance(cache, dict) or not isinstance(cache.get("normalized"), np.ndarray):
+    if not isinstance(cache, dict) or "normalized" not in cache:
         raise ValueError(f"layer_norm: the cache is not its own, it holds {_names(cache)}")
+    _check_params("layer_norm", params, _LAYER_NORM)
     normalized = cache["normalized"]
+    _check_array("layer_norm", "normalized", normalized)
     inverse_std = _entry("layer_norm", cache, "inverse_std", normalized.dtype)
-    gamma = _entry("layer_norm", params, "gamma", normalized.dtype)
     dy = _check_gradient("layer_norm", dy, normalized.shape, normalized.dtype)
+    gamma = _vector("layer_norm", params, "gamma", normalized, -1)
     axes = tuple(range(dy.ndim - 1))
     grads = {"gamma": (dy * normalized).sum(axis=axes), "beta": dy.sum(axis=axes)}
     g = dy * gamma
@@ -1092,7 +1158,7 @@ def layer_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tr
 
 def layer_norm(eps: float = 1e-5) -> Layer:
     """Normalises each sample over its last axis (Ba et al. 2016), as PyTorch does."""
-    eps = _number("layer_norm", "eps", eps, above=0, below=math.inf)
+    eps = _eps("layer_norm", eps)
     return Layer(layer_norm_init, partial(layer_norm_forward, eps=eps), layer_norm_backward)
 
 
@@ -1120,17 +1186,29 @@ def _pair(where: str, name: str, value: Any, minimum: int) -> Pair:
     """A whole number, or one for the height and one for the width, as a pair."""
     pair = value if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
-        raise ValueError(f"{where}: {name} must be a whole number or a pair of them, got {value}")
+        raise ValueError(
+            f"{where}: {name} must be a whole number or a pair of them, got {len(pair)} of them"
+        )
     return _whole(where, name, pair[0], minimum), _whole(where, name, pair[1], minimum)
 
 
-def _check_images(where: str, params: Any, x: Any, names: Any = _KEY_ONLY) -> None:
-    _check_input(where, params, x, names)
+def _check_pair(where: str, name: str, pair: Any, minimum: int) -> None:
+    """Refuse what is no pair of whole numbers that are at least `minimum`."""
+    if type(pair) is not tuple or len(pair) != 2:
+        raise TypeError(f"{where}: {name} must be a pair of whole numbers, got {_kind(pair)}")
+    if not (type(pair[0]) is type(pair[1]) is int and pair[0] >= minimum <= pair[1]):
+        _pair(where, name, pair, minimum)
+
+
+def _check_images(where: str, params: Any, x: Any, names: Any = _KEY_ONLY, what: str = "x") -> None:
+    """What layers of images ask of params and of x, or of a cache that is x."""
+    _check_array(where, what, x)
+    _check_params(where, params, names)
     if x.ndim != 4:
         hint = "; give a single image a batch axis with x[None]" if x.ndim == 3 else ""
-        raise ValueError(f"{where}: x must be (N, C, H, W), got shape {x.shape}{hint}")
+        raise ValueError(f"{where}: {what} must be (N, C, H, W), got shape {x.shape}{hint}")
     if 0 in x.shape[2:]:
-        raise ValueError(f"{where}: x has no pixels, got shape {x.shape}")
+        raise ValueError(f"{where}: {what} has no pixels, got shape {x.shape}")
 
 
 class _Windows(NamedTuple):
@@ -1146,6 +1224,12 @@ def _windows(
     where: str, image: Shape, size: Pair, stride: Pair, padding: tuple[Pair, Pair], dilation: Pair
 ) -> _Windows:
     """The windows that fit into an image (H, W) padded by ((above, below), (left, right))."""
+    for name, pair in (("size", size), ("stride", stride), ("dilation", dilation)):
+        _check_pair(where, name, pair, 1)
+    if type(padding) is not tuple or len(padding) != 2:
+        raise TypeError(f"{where}: padding must be a pair of pairs, got {_kind(padding)}")
+    for around in padding:
+        _check_pair(where, "padding", around, 0)
     padded = [length + sum(around) for length, around in zip(image, padding, strict=True)]
     covers = [d * (places - 1) + 1 for d, places in zip(dilation, size, strict=True)]
     if padded[0] < covers[0] or padded[1] < covers[1]:
@@ -1314,8 +1398,9 @@ def conv2d_init(
 
     Ho = (H + padding above and below - dilation · (kh - 1) - 1) // stride + 1, and so Wo.
     """
+    out = _check_options("conv2d", out, init, bias)
     shape = _check_shape("conv2d", shape, (3,))
-    if shape[0] % groups:
+    if shape[0] % _whole("conv2d", "groups", groups, 1):
         raise ValueError(f"conv2d: {groups} groups do not divide the {shape[0]} channels of x")
     windows = _windows("conv2d", shape[1:], kernel, stride, padding, dilation)
     sizes = (out, shape[0] // groups, *kernel)
@@ -1325,6 +1410,7 @@ def conv2d_init(
 
 def _conv2d_kernel(params: Tree, x: Array, groups: int) -> Array:
     W = _entry("conv2d", params, "W", x.dtype)
+    groups = _whole("conv2d", "groups", groups, 1)
     if W.ndim != 4 or 0 in W.shape or W.shape[0] % groups:
         raise ValueError(f"conv2d: W must be (out, in/{groups}, kh, kw), got shape {W.shape}")
     if x.shape[1] != W.shape[1] * groups:
@@ -1369,7 +1455,7 @@ def conv2d_backward(
     dx is dy correlated with W turned by 180 degrees.
     """
     x = cache
-    _check_array("conv2d", "cache", x)
+    _check_images("conv2d", params, x, _WEIGHTED, "cache")
     W = _conv2d_kernel(params, x, groups)
     windows = _windows("conv2d", x.shape[2:], W.shape[2:], stride, padding, dilation)
     dy = _check_gradient("conv2d", dy, (len(x), len(W), *windows.counts), x.dtype)
@@ -1409,23 +1495,22 @@ def conv2d(
     into the padded image, channels that W does not take and groups that do not divide; `init`
     finds these from the shape alone.
     """
-    out = _whole("conv2d", "out", out, 1)
+    out = _check_options("conv2d", out, init, bias)
     groups = _whole("conv2d", "groups", groups, 1)
     if out % groups:
         raise ValueError(f"conv2d: {groups} groups do not divide the {out} channels of y")
     size = _pair("conv2d", "kernel", kernel, 1)
     moves = _pair("conv2d", "stride", stride, 1)
     spread = _pair("conv2d", "dilation", dilation, 1)
-    if padding == "same":
+    if isinstance(padding, str):
+        if padding != "same":
+            raise ValueError(f"conv2d: padding must be numbers or 'same', got {padding!r}")
         if moves != (1, 1):
             raise ValueError(f"conv2d: padding 'same' goes with stride 1, got {stride}")
         missing = [d * (places - 1) for d, places in zip(spread, size, strict=True)]
         around = [(pixels // 2, pixels - pixels // 2) for pixels in missing]
-    elif isinstance(padding, str):
-        raise ValueError(f"conv2d: padding must be numbers or 'same', got {padding!r}")
     else:
         around = [(pixels, pixels) for pixels in _pair("conv2d", "padding", padding, 0)]
-    _check_first("conv2d", init, bias)
     options: dict[str, Any] = {
         "stride": moves,
         "padding": tuple(around),
@@ -1439,7 +1524,17 @@ def conv2d(
     )
 
 
+def _check_padding(where: str, size: Pair, padding: Pair) -> None:
+    _check_pair(where, "size", size, 1)
+    _check_pair(where, "padding", padding, 0)
+    if 2 * padding[0] > size[0] or 2 * padding[1] > size[1]:
+        raise ValueError(
+            f"{where}: padding must be at most half of the window {size}, got {padding}"
+        )
+
+
 def _pool_windows(where: str, image: Shape, size: Pair, stride: Pair, padding: Pair) -> _Windows:
+    _check_padding(where, size, padding)
     around = ((padding[0], padding[0]), (padding[1], padding[1]))
     return _windows(where, image, size, stride, around, (1, 1))
 
@@ -1461,10 +1556,7 @@ def _pool2d(
         "stride": size if stride is None else _pair(where, "stride", stride, 1),
         "padding": _pair(where, "padding", padding, 0),
     }
-    if 2 * options["padding"][0] > size[0] or 2 * options["padding"][1] > size[1]:
-        raise ValueError(
-            f"{where}: padding must be at most half of the window {size}, got {padding}"
-        )
+    _check_padding(where, size, options["padding"])
     return Layer(
         partial(pool2d_init, where=where, **options),
         partial(forward, **options),
@@ -1540,9 +1632,10 @@ def max_pool2d_backward(
     The first row that has the maximum, and in it the first pixel: so it goes down the column of
     the rows' maxima first, and then across each row.
     """
-    if not isinstance(cache, dict) or not isinstance(cache.get("x"), np.ndarray):
+    if not isinstance(cache, dict) or "x" not in cache:
         raise ValueError(f"max_pool2d: the cache is not its own, it holds {_names(cache)}")
     x = cache["x"]
+    _check_images("max_pool2d", params, x, what="x in the cache")
     windows = _pool_windows("max_pool2d", x.shape[2:], size, stride, padding)
     dy = _check_gradient("max_pool2d", dy, (*x.shape[:2], *windows.counts), x.dtype)
     across = _rows_first(_entry("max_pool2d", cache, "across", x.dtype))
@@ -1582,7 +1675,7 @@ def avg_pool2d_backward(
 ) -> tuple[Array, Tree]:
     """dx = the sum of dy / (size of a window) over the windows that cover the pixel."""
     x = cache
-    _check_array("avg_pool2d", "cache", x)
+    _check_images("avg_pool2d", params, x, what="cache")
     windows = _pool_windows("avg_pool2d", x.shape[2:], size, stride, padding)
     dy = _check_gradient("avg_pool2d", dy, (*x.shape[:2], *windows.counts), x.dtype)
     dx = _rows_first(dy) * (1 / math.prod(size))
@@ -1621,7 +1714,7 @@ def global_avg_pool2d_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 def global_avg_pool2d_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy / (H · W), the same for every pixel."""
     x = cache
-    _check_array("global_avg_pool2d", "cache", x)
+    _check_images("global_avg_pool2d", params, x, what="cache")
     dy = _check_gradient("global_avg_pool2d", dy, x.shape[:2], x.dtype)
     N, C, H, W = x.shape
     share = np.ascontiguousarray(dy.T)[:, None] * (1 / (H * W))
@@ -1638,13 +1731,17 @@ def global_avg_pool2d() -> Layer:
 # ------------------------------------------------------------------------------------------------
 
 
+def _check_layer(where: str, name: str, layer: Any, functions: Sequence[str]) -> None:
+    for function in functions:
+        if not callable(getattr(layer, function, None)):
+            raise TypeError(
+                f"{where}: {name} must be a layer, but {_kind(layer)} has no {function}"
+            )
+
+
 def _check_layers(where: str, layers: dict[str, Any]) -> None:
     for name, layer in layers.items():
-        for function in ("init", "forward", "backward"):
-            if not callable(getattr(layer, function, None)):
-                raise TypeError(
-                    f"{where}: {name} must be a layer, but {_kind(layer)} has no {function}"
-                )
+        _check_layer(where, name, layer, Layer._fields)
 
 
 def _children(where: str, params: Tree, layers: dict[str, Any]) -> list[Tree]:
@@ -1710,6 +1807,7 @@ def sequential_backward(
     params: Tree, cache: Tree, dy: Array, *, need_dx: bool = True, layers: dict[str, Any]
 ) -> tuple[Array | None, Tree]:
     """dy through every layer in reverse; grads are {name: grads} of the layers that have any."""
+    _check_params("sequential", params, layers.keys() | _KEY_ONLY)
     _check_cache("sequential", cache, layers)
     names = list(layers)
     if not need_dx:
@@ -1776,6 +1874,7 @@ def residual_backward(
     params: Tree, cache: Tree, dy: Array, *, layers: dict[str, Any]
 ) -> tuple[Array, Tree]:
     """dx = dx of the branch + dx of the shortcut."""
+    _check_params("residual", params, layers.keys() | _KEY_ONLY)
     _check_cache("residual", cache, layers)
     inputs, grads = [], {}
     for name, layer in layers.items():
@@ -1812,7 +1911,7 @@ def _check_prediction(where: str, name: str, prediction: Any, axes: int | None =
 
 def _check_labels(where: str, labels: Any, count: int, classes: int) -> None:
     """Refuse what is not one class number for each of `count` samples."""
-    if not isinstance(labels, np.ndarray):
+    if not _is_array(labels):
         raise TypeError(f"{where}: labels must be a NumPy array, got {_kind(labels)}")
     if labels.shape != (count,):
         raise ValueError(f"{where}: labels must have shape ({count},), got {labels.shape}")
@@ -1826,7 +1925,7 @@ def _check_labels(where: str, labels: Any, count: int, classes: int) -> None:
 
 def _probabilities(where: str, target: Any, prediction: Array) -> tuple[Array, Array | float]:
     """Class numbers (N,) or probabilities (N, K) as a new array (N, K), and its row sums."""
-    if isinstance(target, np.ndarray) and target.ndim == 2:
+    if _is_array(target) and target.ndim == 2:
         if target.shape != prediction.shape:
             raise ValueError(
                 f"{where}: target has shape {target.shape}, but the prediction {prediction.shape}"
@@ -1913,8 +2012,7 @@ def hinge(scores: Array, target: Array, margin: float = 1.0) -> tuple[float, Arr
 def _elementwise_target(where: str, prediction: Any, target: Any) -> Array:
     """The target in the dtype of the prediction; refused unless it has exactly its shape."""
     _check_prediction(where, "prediction", prediction)
-    if not isinstance(target, np.ndarray) or target.dtype.kind not in "biuf":
-        raise TypeError(f"{where}: target must be an array of numbers, got {_kind(target)}")
+    _check_numbers(where, "target", target)
     if target.shape != prediction.shape:
         raise ValueError(
             f"{where}: target has shape {target.shape}, but the prediction {prediction.shape}"
@@ -1965,7 +2063,8 @@ def l2_penalty(params: Tree, coefficient: float) -> tuple[float, Tree]:
     entry in the grads. `tree_add` adds these to the grads of a loss.
     """
     coefficient = _number("l2_penalty", "coefficient", coefficient, minimum=0, below=math.inf)
-    weights = {path: leaf for path, leaf in tree_flatten(params).items() if np.ndim(leaf) >= 2}
+    arrays = _arrays("l2_penalty", "params", params)
+    weights = {path: leaf for path, leaf in arrays.items() if leaf.ndim >= 2}
     loss = sum(0.5 * coefficient * float(np.vdot(W, W)) for W in weights.values())
     return loss, tree_unflatten({path: coefficient * W for path, W in weights.items()})
 
@@ -2011,8 +2110,7 @@ def _keep_freed_memory() -> None:
 
 
 def _init_state(params: Tree, *, where: str, remembers: dict[str, Callable]) -> Tree:
-    if not isinstance(params, dict):
-        raise TypeError(f"{where}: params must be a dict, got {_kind(params)}")
+    _arrays(where, "params", params)
     _keep_freed_memory()
     trees = {name: tree_map(zero, params) for name, zero in remembers.items()}
     return {"step": np.zeros((), np.int64), "scale": np.ones(()), **trees}
@@ -2094,10 +2192,12 @@ def _update_entry(
     if g.shape != p.shape:
         raise ValueError(f"{where}: {path}: grads have shape {g.shape}, but params {p.shape}")
     for quantity, value in memory.items():
-        counts = isinstance(value, np.ndarray) and value.dtype.kind == "i"
-        if not isinstance(value, np.ndarray) or value.shape != (() if counts else p.shape):
+        shape, kinds = ((), "i") if quantity == "count" else (p.shape, "f")
+        if not _is_array(value) or value.shape != shape or value.dtype.kind not in kinds:
             raise ValueError(f"{where}: the state has no {quantity} of {path} and of its shape")
-        if value.dtype != p.dtype and not counts:
+        if kinds == "i":
+            _whole(f"{where}: {path}", "count in the state", value.item(), 0)
+        elif value.dtype != p.dtype:
             memory = {**memory, quantity: value.astype(p.dtype)}
     if p.ndim:
         return update(p, g, **memory)
@@ -2158,6 +2258,7 @@ def sgd(
     outside [0, 1) or a negative rate or decay.
     """
     momentum = _rate_or_schedule("sgd", "momentum", momentum)
+    _check_bool("sgd", "nesterov", nesterov)
     if nesterov and not momentum:
         raise ValueError("sgd: nesterov needs a momentum above 0")
     return _optimizer(
@@ -2165,7 +2266,7 @@ def sgd(
         {"lr": lr, "momentum": momentum},
         _sgd_update,
         _velocity(momentum),
-        nesterov=bool(nesterov),
+        nesterov=nesterov,
         weight_decay=_decay("sgd", weight_decay),
     )
 
@@ -2376,7 +2477,7 @@ def _factor(where: str, name: str, factor: Any) -> float:
 
 
 def _step_decay(step: int, *, lr: float, every: int, factor: float) -> float:
-    return lr * factor ** (step // every)
+    return lr * factor ** (_whole("step_decay", "step", step, 0) // every)
 
 
 def step_decay(lr: float, every: int, factor: float = 0.1) -> Schedule:
@@ -2387,12 +2488,15 @@ def step_decay(lr: float, every: int, factor: float = 0.1) -> Schedule:
 
 
 def _multistep(step: int, *, lr: float, milestones: tuple[int, ...], factor: float) -> float:
+    step = _whole("multistep", "step", step, 0)
     return lr * factor ** sum(step >= milestone for milestone in milestones)
 
 
 def multistep(lr: float, milestones: Sequence[int] | Array, factor: float = 0.1) -> Schedule:
     """lr · factor^(how many milestones have been reached)."""
-    if isinstance(milestones, str) or not isinstance(milestones, (Sequence, np.ndarray)):
+    if isinstance(milestones, np.ndarray):
+        milestones = milestones.tolist()
+    if isinstance(milestones, str) or not isinstance(milestones, Sequence):
         raise TypeError(f"multistep: milestones must be a sequence, got {_kind(milestones)}")
     steps = tuple(_whole("multistep", "every milestone", step, 0) for step in milestones)
     lr, factor = _rate("multistep", "lr", lr), _factor("multistep", "factor", factor)
@@ -2400,7 +2504,7 @@ def multistep(lr: float, milestones: Sequence[int] | Array, factor: float = 0.1)
 
 
 def _exponential(step: int, *, lr: float, decay: float) -> float:
-    return lr * decay**step
+    return lr * decay ** _whole("exponential", "step", step, 0)
 
 
 def exponential(lr: float, decay: float) -> Schedule:
@@ -2415,6 +2519,7 @@ def _between(start: float, end: float, progress: float) -> float:
 
 
 def _cosine(step: int, *, lr: float, steps: int, final: float) -> float:
+    step = _whole("cosine", "step", step, 0)
     return _between(lr, final, step / steps) if step < steps else final
 
 
@@ -2428,7 +2533,7 @@ def cosine(lr: float, steps: int, final: float = 0.0) -> Schedule:
 
 
 def _cyclic(step: int, *, low: float, high: float, half_cycle: int) -> float:
-    position = step % (2 * half_cycle)
+    position = _whole("cyclic", "step", step, 0) % (2 * half_cycle)
     return low + (high - low) * min(position, 2 * half_cycle - position) / half_cycle
 
 
@@ -2440,6 +2545,7 @@ def cyclic(low: float, high: float, half_cycle: int) -> Schedule:
 
 
 def _one_cycle(step: int, *, peak: float, steps: int, rise: float) -> float:
+    step = _whole("one_cycle", "step", step, 0)
     top = max(rise * steps - 1, 0)
     if step < top:
         return _between(peak / 25, peak, step / top)
@@ -2458,8 +2564,10 @@ def one_cycle(peak: float, steps: int, rise: float = 0.3) -> Schedule:
 
 
 def _warmup(step: int, *, schedule: Rate, steps: int) -> float:
-    lr = schedule(step) if callable(schedule) else schedule
-    return lr * (step + 1) / steps if step < steps else lr
+    step = _whole("warmup", "step", step, 0)
+    if callable(schedule):
+        schedule = _rate("warmup", f"schedule({step})", schedule(step))
+    return schedule * (step + 1) / steps if step < steps else schedule
 
 
 def warmup(schedule: Rate, steps: int) -> Schedule:
@@ -2484,12 +2592,12 @@ def reduce_on_plateau(
     factor = _factor(where, "factor", factor)
     patience = _whole(where, "patience", patience, 0)
     threshold = _number(where, "threshold", threshold, minimum=0, below=1)
-    if isinstance(loss, bool) or not isinstance(loss, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{where}: loss must be a number, got {_kind(loss)}")
-    best, count = float(state.get("plateau_best", math.inf)), int(state.get("plateau_count", 0))
-    scale = float(state["scale"])
+    loss = _float(where, "loss", loss)
+    scale = _number(where, "scale in the state", _item(state["scale"]), minimum=0, maximum=1)
+    best = _float(where, "plateau_best in the state", _item(state.get("plateau_best", math.inf)))
+    count = _whole(where, "plateau_count in the state", _item(state.get("plateau_count", 0)), 0)
     if loss < best * (1 - threshold):
-        best, count = float(loss), 0
+        best, count = loss, 0
     else:
         count += 1
     if count > patience:
@@ -2627,8 +2735,8 @@ def check_gradients(layer: Any, params: Any, x: Array, rtol: float = 1e-5, key: 
     Where y has a kink, any slope between those of its two sides is accepted.
     """
     rtol = _number("check_gradients", "rtol", rtol, above=0, below=math.inf)
-    if not isinstance(x, np.ndarray):
-        raise TypeError(f"check_gradients: x must be a NumPy array, got {_kind(x)}")
+    _check_layer("check_gradients", "layer", layer, ("forward", "backward"))
+    _check_numbers("check_gradients", "x", x)
     params = {} if params is None else params
     if not isinstance(params, dict):
         raise TypeError(f"check_gradients: params must be a dict, got {_kind(params)}")
@@ -2674,12 +2782,9 @@ def value_and_grad(net: Any, loss: Callable) -> Callable[..., tuple[float, Tree,
 
     `cache` is that of the forward pass, for `update_statistics`.
     """
-    for function in (getattr(net, "forward", None), getattr(net, "backward", None), loss):
-        if not callable(function):
-            raise TypeError(
-                "value_and_grad: expected a network with forward and backward, and a loss,"
-                f" got {_kind(net)} and {_kind(loss)}"
-            )
+    _check_layer("value_and_grad", "net", net, ("forward", "backward"))
+    if not callable(loss):
+        raise TypeError(f"value_and_grad: loss must be a function, got {_kind(loss)}")
     return partial(_value_and_grad, net=net, loss=loss)
 
 
@@ -2710,8 +2815,13 @@ def _data_parallel(
 ) -> tuple[float, Tree, Tree]:
     if not isinstance(params, dict):
         raise TypeError(f"data_parallel: params must be a dict, got {_kind(params)}")
+    for name, array in (("x", x), ("target", target)):
+        if not _is_array(array) or not array.ndim:
+            raise TypeError(f"data_parallel: {name} must be an array (N, ...), got {_kind(array)}")
     if len(x) != len(target):
         raise ValueError(f"data_parallel: x has {len(x)} samples, but target {len(target)}")
+    if not len(x):
+        raise ValueError("data_parallel: x has no samples")
     count = max(1, min(shards, len(x)))
     ends = [len(x) * shard // count for shard in range(count + 1)]
     parts = []
@@ -2937,11 +3047,11 @@ def augment(
     _check_array("augment", "images", images)
     if images.ndim != 4 or 0 in images.shape[1:]:
         raise ValueError(f"augment: images must be (N, C, H, W), got shape {images.shape}")
-    shift = _number("augment", "shift", shift, minimum=0, below=math.inf)
+    shift = _number("augment", "shift", shift, minimum=0, maximum=1e9)
     rotation = _number("augment", "rotation", rotation, minimum=0, maximum=180)
     scale = _number("augment", "scale", scale, minimum=0, below=1)
     stretch = _number("augment", "stretch", stretch, minimum=0, below=1)
-    elastic = _number("augment", "elastic", elastic, minimum=0, below=math.inf)
+    elastic = _number("augment", "elastic", elastic, minimum=0, maximum=1e9)
     N, _, H, W = images.shape
     generator = _generator(key)
     draws = generator.uniform(-1, 1, (5, N, 1, 1)).astype(np.float32)
@@ -2996,6 +3106,12 @@ def resize(images: Array, size: int | Pair) -> Array:
 # Modules that only one of these needs are imported in it: `import purenn` stays quick.
 
 
+def _path(where: str, path: Any) -> str:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{where}: the path must be a string or a Path, got {_kind(path)}")
+    return os.fsdecode(path)
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """A file to write, which takes the place of `path` once it is completely on the disk.
@@ -3004,7 +3120,7 @@ def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     `path`.PID.tmp, flushed, synchronised and renamed: at every moment there is either the old file
     or the new one, whole. After an error in between it is the old one. OSError as from `open`.
     """
-    path = os.fspath(path)
+    path = _path("replacing", path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -3035,14 +3151,8 @@ def save(path: str | os.PathLike, tree: Tree) -> None:
     """
     import zipfile
 
-    flat = tree_flatten(tree)
-    for name, leaf in flat.items():
-        if (
-            not isinstance(leaf, (np.ndarray, np.generic))
-            or isinstance(leaf, np.ma.MaskedArray)
-            or leaf.dtype.kind not in "biuf"
-        ):
-            raise TypeError(f"save: {name!r} must be an array of numbers, got {_kind(leaf)}")
+    path, flat = _path("save", path), _arrays("save", "tree", tree)
+    for name in flat:
         if "\0" in name or len(name.encode()) > 65_000:
             raise ValueError(f"save: a name must be short and without NUL, got {name[:50]!r}")
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
@@ -3141,7 +3251,7 @@ def load(path: str | os.PathLike) -> Tree:
     ValueError (with the path) for a damaged, truncated or hostile file; no code in it is ever
     run. FileNotFoundError where there is none.
     """
-    path = os.fspath(path)
+    path = _path("load", path)
     with _blaming(path):
         return tree_unflatten(_read_npz(path, ratio=1))
 
@@ -3155,7 +3265,7 @@ def read_idx(path: str | os.PathLike) -> Array:
     ValueError (with the path) for a damaged or truncated file, and for one packed more than 200
     to 1 and larger than a megabyte.
     """
-    path = os.fspath(path)
+    path = _path("read_idx", path)
     with _blaming(path), _open(path) as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
@@ -3231,7 +3341,7 @@ def read_dataset(path: str | os.PathLike) -> dict[str, Array]:
     the .npz itself. Whole pixels of 0 ... 255 become 0 ... 1. ValueError (with the path) for
     files that are missing, damaged or do not fit together.
     """
-    path = os.fspath(path)
+    path = _path("read_dataset", path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     parts = _find_parts(path)
@@ -3372,7 +3482,13 @@ def download_mnist(
     OSError if no mirror answers within `patience` seconds, or if none gives the right bytes (a
     mirror may be silent for `timeout` seconds): then nothing half-written is left.
     """
-    directory = os.fspath(directory)
+    directory = _path("download_mnist", directory)
+    if not isinstance(mirrors, (tuple, list)) or not all(isinstance(m, str) for m in mirrors):
+        raise TypeError("download_mnist: mirrors must be a sequence of addresses")
+    patience = _number("download_mnist", "patience", patience, above=0, below=math.inf)
+    timeout = _number("download_mnist", "timeout", timeout, above=0, below=math.inf)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"download_mnist: progress must be a function, got {_kind(progress)}")
     missing = [name for name in _MNIST_FILES if not _is_whole(directory, name)]
     if not missing:
         return
