@@ -138,6 +138,8 @@ def _number(
 
 def _whole(where: str, name: str, value: Any, minimum: int) -> int:
     """`value` as an int that is at least `minimum`."""
+    if type(value) is int and value >= minimum:
+        return value
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{where}: {name} must be a whole number, got {_kind(value)}")
     if value < minimum:
@@ -1192,12 +1194,14 @@ def _pair(where: str, name: str, value: Any, minimum: int) -> Pair:
     return _whole(where, name, pair[0], minimum), _whole(where, name, pair[1], minimum)
 
 
-def _check_pair(where: str, name: str, pair: Any, minimum: int) -> None:
+def _check_pairs(where: str, minimum: int, **pairs: Any) -> None:
     """Refuse what is no pair of whole numbers that are at least `minimum`."""
-    if type(pair) is not tuple or len(pair) != 2:
-        raise TypeError(f"{where}: {name} must be a pair of whole numbers, got {_kind(pair)}")
-    if not (type(pair[0]) is type(pair[1]) is int and pair[0] >= minimum <= pair[1]):
-        _pair(where, name, pair, minimum)
+    for name, pair in pairs.items():
+        if type(pair) is not tuple or len(pair) != 2:
+            raise TypeError(f"{where}: {name} must be a pair of whole numbers, got {_kind(pair)}")
+        for number in pair:
+            if type(number) is not int or number < minimum:
+                _whole(where, name, number, minimum)
 
 
 def _check_images(where: str, params: Any, x: Any, names: Any = _KEY_ONLY, what: str = "x") -> None:
@@ -1224,21 +1228,17 @@ def _windows(
     where: str, image: Shape, size: Pair, stride: Pair, padding: tuple[Pair, Pair], dilation: Pair
 ) -> _Windows:
     """The windows that fit into an image (H, W) padded by ((above, below), (left, right))."""
-    for name, pair in (("size", size), ("stride", stride), ("dilation", dilation)):
-        _check_pair(where, name, pair, 1)
-    if type(padding) is not tuple or len(padding) != 2:
-        raise TypeError(f"{where}: padding must be a pair of pairs, got {_kind(padding)}")
-    for around in padding:
-        _check_pair(where, "padding", around, 0)
-    padded = [length + sum(around) for length, around in zip(image, padding, strict=True)]
-    covers = [d * (places - 1) + 1 for d, places in zip(dilation, size, strict=True)]
-    if padded[0] < covers[0] or padded[1] < covers[1]:
+    _check_pairs(where, 1, size=size, stride=stride, dilation=dilation)
+    (above, below), (left, right) = padding
+    height, width = image[0] + above + below, image[1] + left + right
+    tall, wide = dilation[0] * (size[0] - 1) + 1, dilation[1] * (size[1] - 1) + 1
+    if height < tall or width < wide:
         raise ValueError(
-            f"{where}: the window covers {covers[0]} x {covers[1]} pixels,"
-            f" but the padded image has {padded[0]} x {padded[1]}"
+            f"{where}: the window covers {tall} x {wide} pixels,"
+            f" but the padded image has {height} x {width}"
         )
-    counts = (padded[0] - covers[0]) // stride[0] + 1, (padded[1] - covers[1]) // stride[1] + 1
-    return _Windows(counts, stride, (padding[0][0], padding[1][0]), dilation)
+    counts = (height - tall) // stride[0] + 1, (width - wide) // stride[1] + 1
+    return _Windows(counts, stride, (above, left), dilation)
 
 
 def _under(place: int, length: int, windows: _Windows, axis: int) -> tuple[slice, slice]:
@@ -1381,6 +1381,16 @@ def _columns_gradient(dy: Array, kernel_rows: Array, H: int, windows: _Windows) 
     return gradient
 
 
+def _conv2d_windows(
+    image: Shape, size: Pair, stride: Pair, padding: tuple[Pair, Pair], dilation: Pair
+) -> _Windows:
+    if type(padding) is not tuple or len(padding) != 2:
+        raise TypeError(f"conv2d: padding must be a pair of pairs, got {_kind(padding)}")
+    _check_pairs("conv2d", 0, padding=padding[0])
+    _check_pairs("conv2d", 0, padding=padding[1])
+    return _windows("conv2d", image, size, stride, padding, dilation)
+
+
 def conv2d_init(
     key: Key,
     shape: Shape,
@@ -1402,7 +1412,7 @@ def conv2d_init(
     shape = _check_shape("conv2d", shape, (3,))
     if shape[0] % _whole("conv2d", "groups", groups, 1):
         raise ValueError(f"conv2d: {groups} groups do not divide the {shape[0]} channels of x")
-    windows = _windows("conv2d", shape[1:], kernel, stride, padding, dilation)
+    windows = _conv2d_windows(shape[1:], kernel, stride, padding, dilation)
     sizes = (out, shape[0] // groups, *kernel)
     params = _first_params("conv2d", key, init, sizes, out if bias else 0)
     return params, (out, *windows.counts)
@@ -1428,7 +1438,7 @@ def conv2d_forward(
     """
     _check_images("conv2d", params, x, _WEIGHTED)
     W = _conv2d_kernel(params, x, groups)
-    windows = _windows("conv2d", x.shape[2:], W.shape[2:], stride, padding, dilation)
+    windows = _conv2d_windows(x.shape[2:], W.shape[2:], stride, padding, dilation)
     N, (Ho, Wo) = len(x), windows.counts
     buffer = _unfold(_rows_first(x), W.shape[3], windows, groups)
     buffer = buffer.reshape(groups, x.shape[2], W.shape[1] * W.shape[3], Wo * N)
@@ -1457,7 +1467,7 @@ def conv2d_backward(
     x = cache
     _check_images("conv2d", params, x, _WEIGHTED, "cache")
     W = _conv2d_kernel(params, x, groups)
-    windows = _windows("conv2d", x.shape[2:], W.shape[2:], stride, padding, dilation)
+    windows = _conv2d_windows(x.shape[2:], W.shape[2:], stride, padding, dilation)
     dy = _check_gradient("conv2d", dy, (len(x), len(W), *windows.counts), x.dtype)
     (N, _, H, width), (Ho, Wo), (out, channels, kh, kw) = x.shape, windows.counts, W.shape
     drows = _rows_first(dy).reshape(Ho, groups, out // groups, Wo * N).swapaxes(0, 1)
@@ -1525,8 +1535,7 @@ def conv2d(
 
 
 def _check_padding(where: str, size: Pair, padding: Pair) -> None:
-    _check_pair(where, "size", size, 1)
-    _check_pair(where, "padding", padding, 0)
+    _check_pairs(where, 0, size=size, padding=padding)
     if 2 * padding[0] > size[0] or 2 * padding[1] > size[1]:
         raise ValueError(
             f"{where}: padding must be at most half of the window {size}, got {padding}"

@@ -3098,15 +3098,28 @@ def test_names_of_layers_are_checked():
 # Misuse: every argument of every public function, and of the functions that these return
 # ------------------------------------------------------------------------------------------------
 
-NO_DICTS = [None, [1.0], np.ones(3), "x", 1.0, {1, 2}, ({},)]
-NO_NUMBERS = ["1", None, True, math.nan, [1.0], np.ones(2), 1j, {}]
+NO_DICTS: list = [None, [1.0], np.ones(3), "x", 1.0, {1, 2}, ({},)]
+NO_NUMBERS: list = ["1", None, True, math.nan, [1.0], np.ones(2), 1j, {}]
 NO_WHOLE_NUMBERS = [*NO_NUMBERS, 1.5, np.float64(2), -1]
 NO_PAIRS = [*NO_WHOLE_NUMBERS, (), (1,), (1, 2, 3), (1, 1.5), (-1, 1), (1, None)]
-NO_KEYS = ["0", None, True, 1.5, -1, (), [1.5], ("a",), (1, (2,)), {}, np.ones(2), np.array([-1])]
+NO_KEYS: list = [
+    "0",
+    None,
+    True,
+    1.5,
+    -1,
+    (),
+    [1.5],
+    ("a",),
+    (1, (2,)),
+    {},
+    np.ones(2),
+    np.array([-1]),
+]
 NO_SHAPES = [3, None, "ab", {3}, np.array([3]), (0,), (-1, 2), (1.5,), (True,), ("a",), (None,)]
 NO_FUNCTIONS = [None, 1, "f", np.ones(2)]
-NO_LAYERS = [None, 1, "f", nn.relu, {}, types.SimpleNamespace(init=print, forward=print)]
-NO_PATHS = [None, 3, 1.5, ["a"], {}]
+NO_LAYERS: list = [None, 1, "f", nn.relu, {}, types.SimpleNamespace(init=print, forward=print)]
+NO_PATHS: list = [None, 3, 1.5, ["a"], {}]
 NO_NAMES = [{1: np.ones(2)}, {"": np.ones(2)}, {"/": np.ones(2)}]
 NO_LABELS = [[0, 2], None, "x", 1.0, 0, {}, np.int64(0), np.array(0), np.array([0.0, 2.0])]
 NO_LABELS += [np.array(bad) for bad in ([True, False], [0, 3], [0, -1], [0], [[0], [2]])]
