@@ -7,7 +7,7 @@ A layer is a pair of pure functions over params, a dict of arrays:
 A network is a layer made of layers and has exactly the same two functions. An optimiser is a
 state transition, step(params, grads, state) -> (params, state). Nothing the caller can see is
 ever written to, the same arguments give the same bits, and the dtype of x is kept: float32 in,
-float32 out; float64 in, float64 out.
+float32 out; float64 in, float64 out. What overflows becomes inf, without a warning.
 
     net = sequential(hidden=linear(256), act=relu(), out=linear(10))
     params, shape = net.init(0, (784,))
@@ -31,8 +31,9 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import IO, Any, NamedTuple
+from contextvars import ContextVar
+from functools import WRAPPER_ASSIGNMENTS, partial, wraps
+from typing import IO, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -239,6 +240,36 @@ def _check_shape(where: str, shape: Any, lengths: tuple[int, ...] | None = None)
 
 
 # ------------------------------------------------------------------------------------------------
+# Overflow
+# ------------------------------------------------------------------------------------------------
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_QUIET = ContextVar("quiet", default=False)
+
+
+def _quiet(function: _Function) -> _Function:
+    """`function` without NumPy's warnings: what overflows is inf, and inf - inf is nan.
+
+    This holds for all that it calls, layers of the user's own as well. np.errstate takes a
+    microsecond, so only the outermost function enters it; those within just see that it is set.
+    """
+
+    # By __kwdefaults__ `_takes_need_dx` knows what a function takes.
+    @wraps(function, (*WRAPPER_ASSIGNMENTS, "__kwdefaults__"))
+    def quiet(*arguments: Any, **options: Any) -> Any:
+        if _QUIET.get():
+            return function(*arguments, **options)
+        token = _QUIET.set(True)
+        try:
+            with np.errstate(all="ignore"):
+                return function(*arguments, **options)
+        finally:
+            _QUIET.reset(token)
+
+    return cast(_Function, quiet)
+
+
+# ------------------------------------------------------------------------------------------------
 # Trees: nested dicts with arrays as leaves
 # ------------------------------------------------------------------------------------------------
 
@@ -335,6 +366,7 @@ def _add(total: Tree, tree: Tree) -> Tree:
     return total
 
 
+@_quiet
 def tree_add(*trees: Tree) -> Tree:
     """The sum of trees, entry by entry; a tree that lacks an entry counts as zero there.
 
@@ -378,6 +410,7 @@ def _times(leaf: Any, factor: float) -> Array:
     return np.asarray(leaf * factor, leaf.dtype if leaf.dtype.kind == "f" else None)
 
 
+@_quiet
 def clip_gradients(grads: Tree, max_norm: float) -> Tree:
     """grads · min(1, max_norm / global_norm(grads)) (Pascanu et al. 2013).
 
@@ -472,6 +505,7 @@ def constant(value: float) -> Initializer:
     return partial(_constant, value=value)
 
 
+@_quiet
 def _normal(key: Key, shape: Shape, *, std: float) -> Array:
     shape = _check_shape("normal", shape)
     return np.asarray(_generator(key).standard_normal(shape, np.float32) * np.float32(std))
@@ -610,6 +644,7 @@ def _linear_weight(params: Tree, x: Array) -> Array:
     return W
 
 
+@_quiet
 def linear_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = x W + b, for x (N, ..., in) and y (N, ..., out)."""
     _check_input("linear", params, x, _WEIGHTED)
@@ -620,6 +655,7 @@ def linear_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     return y, x
 
 
+@_quiet
 def linear_backward(
     params: Tree, cache: Array, dy: Array, *, need_dx: bool = True
 ) -> tuple[Array | None, Tree]:
@@ -658,6 +694,7 @@ def identity_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     return x, x
 
 
+@_quiet
 def identity_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy."""
     return _check_backward("identity", params, cache, dy), {}
@@ -680,6 +717,7 @@ def flatten_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     return np.moveaxis(x, 0, -1).reshape(math.prod(x.shape[1:]), len(x)).T, x
 
 
+@_quiet
 def flatten_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx is dy in the shape of x."""
     x = cache
@@ -704,6 +742,7 @@ def relu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     return y, y
 
 
+@_quiet
 def relu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy where y > 0, else 0."""
     dy = _check_backward("relu", params, cache, dy)
@@ -721,6 +760,7 @@ def _slope(slope: Any) -> float:
     return _number("leaky_relu", "slope", slope, above=-math.inf, below=math.inf)
 
 
+@_quiet
 def leaky_relu_forward(params: Tree, x: Array, *, slope: float) -> tuple[Array, Array]:
     """y = x where x > 0, else slope · x."""
     _check_input("leaky_relu", params, x)
@@ -728,6 +768,7 @@ def leaky_relu_forward(params: Tree, x: Array, *, slope: float) -> tuple[Array, 
     return np.where(x > 0, x, slope * x), x
 
 
+@_quiet
 def leaky_relu_backward(
     params: Tree, cache: Array, dy: Array, *, slope: float
 ) -> tuple[Array, Tree]:
@@ -747,6 +788,7 @@ def _alpha(alpha: Any) -> float:
     return _number("elu", "alpha", alpha, above=0, below=math.inf)
 
 
+@_quiet
 def elu_forward(params: Tree, x: Array, *, alpha: float) -> tuple[Array, Array]:
     """y = x where x > 0, else alpha · (exp(x) - 1)."""
     _check_input("elu", params, x)
@@ -754,6 +796,7 @@ def elu_forward(params: Tree, x: Array, *, alpha: float) -> tuple[Array, Array]:
     return y, y
 
 
+@_quiet
 def elu_backward(params: Tree, cache: Array, dy: Array, *, alpha: float) -> tuple[Array, Tree]:
     """dx = dy where y > 0, else dy · alpha · exp(x) = dy · (y + alpha)."""
     y, dy = cache, _check_backward("elu", params, cache, dy)
@@ -772,6 +815,7 @@ def _sigmoid(x: Array) -> Array:
     return np.exp(np.minimum(x, 0)) / (1 + np.exp(-np.abs(x)))
 
 
+@_quiet
 def sigmoid_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = 1 / (1 + exp(-x))."""
     _check_input("sigmoid", params, x)
@@ -779,6 +823,7 @@ def sigmoid_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     return y, y
 
 
+@_quiet
 def sigmoid_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy · y · (1 - y)."""
     return _check_backward("sigmoid", params, cache, dy) * (cache * (1 - cache)), {}
@@ -789,6 +834,7 @@ def sigmoid() -> Layer:
     return Layer(identity_init, sigmoid_forward, sigmoid_backward)
 
 
+@_quiet
 def tanh_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = tanh(x)."""
     _check_input("tanh", params, x)
@@ -796,6 +842,7 @@ def tanh_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     return y, y
 
 
+@_quiet
 def tanh_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy · (1 - y²)."""
     return _check_backward("tanh", params, cache, dy) * (1 - cache * cache), {}
@@ -806,12 +853,14 @@ def tanh() -> Layer:
     return Layer(identity_init, tanh_forward, tanh_backward)
 
 
+@_quiet
 def softplus_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = log(1 + exp(x))."""
     _check_input("softplus", params, x)
     return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))), x
 
 
+@_quiet
 def softplus_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy · sigmoid(x)."""
     return _check_backward("softplus", params, cache, dy) * _sigmoid(cache), {}
@@ -834,12 +883,14 @@ def _gelu_tanh(x: Array) -> tuple[Array, Array]:
     return clipped, np.tanh(_GELU * clipped * (1 + 0.044715 * clipped * clipped))
 
 
+@_quiet
 def gelu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = x/2 · (1 + tanh(sqrt(2/π) · (x + 0.044715 x³)))."""
     _check_input("gelu", params, x)
     return 0.5 * x * (1 + _gelu_tanh(x)[1]), x
 
 
+@_quiet
 def gelu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy · ((1 + t)/2 + x/2 · (1 - t²) · sqrt(2/π) · (1 + 3 · 0.044715 x²)), t the tanh."""
     dy = _check_backward("gelu", params, cache, dy)
@@ -853,12 +904,14 @@ def gelu() -> Layer:
     return Layer(identity_init, gelu_forward, gelu_backward)
 
 
+@_quiet
 def silu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = x · sigmoid(x)."""
     _check_input("silu", params, x)
     return x * _sigmoid(x), x
 
 
+@_quiet
 def silu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy · s · (1 + x · (1 - s)), s = sigmoid(x)."""
     x, dy = cache, _check_backward("silu", params, cache, dy)
@@ -885,6 +938,7 @@ def _check_classes(where: str, x: Any) -> None:
         raise ValueError(f"{where}: x must be (N, ..., classes), got shape {x.shape}")
 
 
+@_quiet
 def softmax_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = exp(x) / Σ exp(x) over the last axis."""
     _check_classes("softmax", x)
@@ -894,6 +948,7 @@ def softmax_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     return y, y
 
 
+@_quiet
 def softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = y · (dy - Σ dy · y)."""
     y, dy = cache, _check_backward("softmax", params, cache, dy)
@@ -905,6 +960,7 @@ def softmax() -> Layer:
     return Layer(softmax_init, softmax_forward, softmax_backward)
 
 
+@_quiet
 def log_softmax_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = x - log Σ exp(x) over the last axis."""
     _check_classes("log_softmax", x)
@@ -914,6 +970,7 @@ def log_softmax_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     return y, y
 
 
+@_quiet
 def log_softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy - exp(y) · Σ dy."""
     dy = _check_backward("log_softmax", params, cache, dy)
@@ -932,6 +989,7 @@ def _rate_of_dropout(rate: Any) -> float:
     return _number("dropout", "rate", rate, minimum=0, below=1)
 
 
+@_quiet
 def dropout_forward(params: Tree, x: Array, *, rate: float) -> tuple[Array, Tree]:
     """y = x · mask / (1 - rate), mask 0 with probability rate, from params["key"]; else y = x."""
     _check_input("dropout", params, x)
@@ -943,6 +1001,7 @@ def dropout_forward(params: Tree, x: Array, *, rate: float) -> tuple[Array, Tree
     return x * mask, {"mask": mask}
 
 
+@_quiet
 def dropout_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]:
     """dx = dy · mask / (1 - rate); dx = dy at inference."""
     if not isinstance(cache, dict) or not cache.keys() & {"mask", "x"}:
@@ -1004,6 +1063,7 @@ def _per_channel(vector: Array, x: Array) -> Array:
     return np.repeat(vector, W * N).reshape(C, 1, W, N).transpose(3, 0, 1, 2)
 
 
+@_quiet
 def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tree]:
     """y = gamma · (x - mean) / sqrt(var + eps) + beta, for x (N, C) or (N, C, H, W).
 
@@ -1036,6 +1096,7 @@ def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tr
     return y, {**cache, "centered": centered, "inverse_std": inverse_std}
 
 
+@_quiet
 def batch_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]:
     """dbeta = Σ dy, dgamma = Σ dy · x̂, dx = gamma/σ · (dy - mean(dy) - x̂ · mean(dy · x̂)).
 
@@ -1070,6 +1131,7 @@ def batch_norm(eps: float = 1e-5) -> Layer:
     return Layer(batch_norm_init, partial(batch_norm_forward, eps=eps), batch_norm_backward)
 
 
+@_quiet
 def update_statistics(params: Tree, cache: Tree, momentum: float = 0.1) -> Tree:
     """params with running statistics moved: s <- s + momentum · (s of the batch - s).
 
@@ -1123,6 +1185,7 @@ def layer_norm_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
     return {"gamma": np.ones(shape[-1], np.float32), "beta": np.zeros(shape[-1], np.float32)}, shape
 
 
+@_quiet
 def layer_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tree]:
     """y = gamma · (x - mean) / sqrt(var + eps) + beta, mean and var (biased) over the last axis."""
     _check_input("layer_norm", params, x, _LAYER_NORM)
@@ -1136,6 +1199,7 @@ def layer_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tr
     return normalized * gamma + beta, {"normalized": normalized, "inverse_std": inverse_std}
 
 
+@_quiet
 def layer_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]:
     """dbeta = Σ dy, dgamma = Σ dy · x̂, dx = (g - mean(g) - x̂ · mean(g · x̂)) / σ, g = dy · gamma.
 
@@ -1428,6 +1492,7 @@ def _conv2d_kernel(params: Tree, x: Array, groups: int) -> Array:
     return W
 
 
+@_quiet
 def conv2d_forward(
     params: Tree, x: Array, *, stride: Pair, padding: tuple[Pair, Pair], dilation: Pair, groups: int
 ) -> tuple[Array, Array]:
@@ -1449,6 +1514,7 @@ def conv2d_forward(
     return _batch_first(y), x
 
 
+@_quiet
 def conv2d_backward(
     params: Tree,
     cache: Array,
@@ -1633,6 +1699,7 @@ def max_pool2d_forward(
     return y, {"x": x, "across": _batch_first(across), "y": y}
 
 
+@_quiet
 def max_pool2d_backward(
     params: Tree, cache: Tree, dy: Array, *, size: Pair, stride: Pair, padding: Pair
 ) -> tuple[Array, Tree]:
@@ -1664,6 +1731,7 @@ def max_pool2d(
     return _pool2d("max_pool2d", max_pool2d_forward, max_pool2d_backward, size, stride, padding)
 
 
+@_quiet
 def avg_pool2d_forward(
     params: Tree, x: Array, *, size: Pair, stride: Pair, padding: Pair
 ) -> tuple[Array, Array]:
@@ -1679,6 +1747,7 @@ def avg_pool2d_forward(
     return _batch_first(y), x
 
 
+@_quiet
 def avg_pool2d_backward(
     params: Tree, cache: Array, dy: Array, *, size: Pair, stride: Pair, padding: Pair
 ) -> tuple[Array, Tree]:
@@ -1714,12 +1783,14 @@ def global_avg_pool2d_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
     return {}, _check_shape("global_avg_pool2d", shape, (3,))[:1]
 
 
+@_quiet
 def global_avg_pool2d_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y (N, C) = the mean of x (N, C, H, W) over H and W."""
     _check_images("global_avg_pool2d", params, x)
     return x.mean(axis=(2, 3)), x
 
 
+@_quiet
 def global_avg_pool2d_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy / (H · W), the same for every pixel."""
     x = cache
@@ -1798,6 +1869,7 @@ def sequential_init(key: Key, shape: Shape, *, layers: dict[str, Any]) -> tuple[
     return params, shape
 
 
+@_quiet
 def sequential_forward(params: Tree, x: Array, *, layers: dict[str, Any]) -> tuple[Array, Tree]:
     """x through every layer in turn; the cache is {name: cache}."""
     cache = {}
@@ -1812,6 +1884,7 @@ def _check_cache(where: str, cache: Any, layers: dict[str, Any]) -> None:
         raise ValueError(f"{where}: cache has {_names(cache)}, expected {sorted(layers)}")
 
 
+@_quiet
 def sequential_backward(
     params: Tree, cache: Tree, dy: Array, *, need_dx: bool = True, layers: dict[str, Any]
 ) -> tuple[Array | None, Tree]:
@@ -1868,6 +1941,7 @@ def residual_init(key: Key, shape: Shape, *, layers: dict[str, Any]) -> tuple[Tr
     return params, shapes[0]
 
 
+@_quiet
 def residual_forward(params: Tree, x: Array, *, layers: dict[str, Any]) -> tuple[Array, Tree]:
     """y = branch(x) + shortcut(x)."""
     outputs, cache = [], {}
@@ -1879,6 +1953,7 @@ def residual_forward(params: Tree, x: Array, *, layers: dict[str, Any]) -> tuple
     return outputs[0] + outputs[1], cache
 
 
+@_quiet
 def residual_backward(
     params: Tree, cache: Tree, dy: Array, *, layers: dict[str, Any]
 ) -> tuple[Array, Tree]:
@@ -1950,6 +2025,7 @@ def _probabilities(where: str, target: Any, prediction: Array) -> tuple[Array, A
     return probabilities, 1.0
 
 
+@_quiet
 def softmax_cross_entropy(
     logits: Array, target: Array, smoothing: float = 0.0
 ) -> tuple[float, Array]:
@@ -1971,12 +2047,16 @@ def softmax_cross_entropy(
     total = gradient.sum(axis=1, keepdims=True)
     shifted -= np.log(total)
     loss = -float(np.vdot(t, shifted)) / len(t)
+    if math.isnan(loss):  # 0 · -inf, perhaps, where logits are further apart than the dtype reaches
+        shifted[t == 0] = 0
+        loss = -float(np.vdot(t, shifted)) / len(t)
     gradient *= sums / total
     gradient -= t
     gradient *= 1 / len(t)
     return loss, gradient
 
 
+@_quiet
 def cross_entropy(probabilities: Array, target: Array) -> tuple[float, Array]:
     """-Σ t log p, the mean over the batch; its gradient -t / p / N.
 
@@ -1999,6 +2079,7 @@ def cross_entropy(probabilities: Array, target: Array) -> tuple[float, Array]:
     return loss, t
 
 
+@_quiet
 def hinge(scores: Array, target: Array, margin: float = 1.0) -> tuple[float, Array]:
     """Σ max(0, s_j - s_y + margin) over the wrong classes j, the mean over the batch.
 
@@ -2011,8 +2092,9 @@ def hinge(scores: Array, target: Array, margin: float = 1.0) -> tuple[float, Arr
     samples = np.arange(count)
     excess = scores - scores[samples, target][:, None] + margin
     excess[samples, target] = 0
+    np.maximum(excess, 0, out=excess)
     gradient = (excess > 0).astype(scores.dtype)
-    loss = float(np.vdot(excess, gradient)) / count
+    loss = float(excess.sum()) / count
     gradient[samples, target] = -gradient.sum(axis=1)
     gradient *= 1 / count
     return loss, gradient
@@ -2029,6 +2111,7 @@ def _elementwise_target(where: str, prediction: Any, target: Any) -> Array:
     return target if target.dtype == prediction.dtype else target.astype(prediction.dtype)
 
 
+@_quiet
 def binary_cross_entropy(logits: Array, target: Array) -> tuple[float, Array]:
     """-(t log σ(z) + (1 - t) log(1 - σ(z))), the mean over all elements; gradient (σ(z) - t)/size.
 
@@ -2041,18 +2124,21 @@ def binary_cross_entropy(logits: Array, target: Array) -> tuple[float, Array]:
     return float(losses.mean()), (_sigmoid(logits) - t) / t.size
 
 
+@_quiet
 def mean_squared_error(prediction: Array, target: Array) -> tuple[float, Array]:
     """(p - t)², the mean over all elements; gradient 2 (p - t) / size."""
     difference = prediction - _elementwise_target("mean_squared_error", prediction, target)
     return float(np.square(difference).mean()), difference * (2 / difference.size)
 
 
+@_quiet
 def mean_absolute_error(prediction: Array, target: Array) -> tuple[float, Array]:
     """|p - t|, the mean over all elements; gradient sign(p - t) / size."""
     difference = prediction - _elementwise_target("mean_absolute_error", prediction, target)
     return float(np.abs(difference).mean()), np.sign(difference) / difference.size
 
 
+@_quiet
 def huber(prediction: Array, target: Array, delta: float = 1.0) -> tuple[float, Array]:
     """d²/2 where |d| <= delta, else delta · (|d| - delta/2), with d = p - t; the mean over all.
 
@@ -2065,6 +2151,7 @@ def huber(prediction: Array, target: Array, delta: float = 1.0) -> tuple[float, 
     return float(losses.mean()), clipped / clipped.size
 
 
+@_quiet
 def l2_penalty(params: Tree, coefficient: float) -> tuple[float, Tree]:
     """coefficient/2 · Σ W² over all entries with two or more axes; their grads coefficient · W.
 
@@ -2139,6 +2226,7 @@ def _item(value: Any) -> Any:
     return value.item() if isinstance(value, np.ndarray) and not value.ndim else value
 
 
+@_quiet
 def _take_step(
     params: Tree,
     grads: Tree,
@@ -2731,6 +2819,7 @@ def _untrained(params: Any, cache: Any, path: str) -> set[str]:
     )
 
 
+@_quiet
 def check_gradients(layer: Any, params: Any, x: Array, rtol: float = 1e-5, key: Key = 0) -> None:
     """Compare `backward` with central differences in float64, for dx and every entry of grads.
 
@@ -2777,6 +2866,7 @@ def check_gradients(layer: Any, params: Any, x: Array, rtol: float = 1e-5, key: 
 # ------------------------------------------------------------------------------------------------
 
 
+@_quiet
 def _value_and_grad(
     params: Tree, x: Array, target: Array, *, net: Any, loss: Callable
 ) -> tuple[float, Tree, Any]:
@@ -2819,6 +2909,7 @@ def _shard(
     return share * loss, tree_map(times, grads), tree_map(times, _only_statistics(cache))
 
 
+@_quiet
 def _data_parallel(
     params: Tree, x: Array, target: Array, *, gradients: Callable, shards: int, mapped: Callable
 ) -> tuple[float, Tree, Tree]:
@@ -3037,6 +3128,7 @@ def _sampled(images: Array, rows: Array, columns: Array) -> Array:
     return upper * (1 - down) + lower * down
 
 
+@_quiet
 def augment(
     key: Key,
     images: Array,
@@ -3092,6 +3184,7 @@ def _overlaps(length: int, pixels: int) -> Array:
     return np.maximum(covered, 0) * (pixels / length)
 
 
+@_quiet
 def resize(images: Array, size: int | Pair) -> Array:
     """images (N, C, H, W) as (N, C, *size): every new pixel is the mean of the area it covers.
 
@@ -3325,6 +3418,7 @@ def _find_parts(path: str) -> dict[str, Array]:
         return {part: arrays[part] for part in _PARTS}
 
 
+@_quiet
 def _as_images(array: Array) -> Array:
     """(N, H, W), (N, H, W, C) or (N, C, H, W) as float32 (N, C, H, W); whole numbers over 255.
 

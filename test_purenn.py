@@ -2768,6 +2768,309 @@ def test_images_that_are_not_square_stay_in_the_middle():
 
 
 # ------------------------------------------------------------------------------------------------
+# Huge, subnormal and odd values: right, or inf where they are too large; never a warning
+# ------------------------------------------------------------------------------------------------
+
+SIZES = {  # finite, from zero to the largest of each dtype
+    np.float32: [0.0, 1e-45, 1e-40, 1e-20, 1.0, 1e10, 1e19, 1e30, 3.4028235e38],
+    np.float64: [0.0, 5e-324, 1e-310, 1e-20, 1.0, 1e19, 1e150, 1e300, 1.7976931348623157e308],
+}
+every_dtype = pytest.mark.parametrize("dtype", SIZES)
+NOT_FINITE = [math.inf, -math.inf, math.nan]
+
+
+@pytest.fixture
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def extreme(draw, shape, dtype, others=()):
+    """An array of few different values, of all sizes and both signs."""
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    values = [*SIZES[dtype], *(-size for size in SIZES[dtype]), *others]
+    return rng.choice(rng.choice(values, rng.integers(1, 6)), shape).astype(dtype)
+
+
+def extreme_tree(draw, tree, dtype, others=()):
+    return nn.tree_map(
+        lambda a: extreme(draw, a.shape, dtype, others) if a.dtype.kind == "f" else a, tree
+    )
+
+
+BOUNDED = {  # layers that add up nothing: numbers in, numbers out
+    "identity", "flatten", "relu", "leaky_relu", "elu", "sigmoid", "tanh", "softplus", "gelu",
+    "silu", "softmax", "log_softmax", "dropout", "max_pool2d",
+}  # fmt: skip
+
+
+@every_layer
+@every_dtype
+@pytest.mark.usefixtures("no_warnings")
+@settings(max_examples=10)
+@given(data=st.data())
+def test_layers_take_values_of_any_size_without_a_warning(name, dtype, data):
+    layer, params, x, _ = data.draw(cases(name, dtypes=[dtype]))
+    x = extreme(data.draw, x.shape, dtype)
+    y, cache = layer.forward(params, x)
+    assert y.dtype == dtype
+    assert name not in BOUNDED or not np.isnan(y).any()
+    dx, _ = layer.backward(params, cache, upstream(y))
+    if name in BOUNDED - {"softmax", "log_softmax"}:
+        assert not np.isnan(dx).any()
+    others = data.draw(st.sampled_from([[], NOT_FINITE]))
+    params = extreme_tree(data.draw, params, dtype, others)
+    x, dy = (extreme(data.draw, shape, dtype, others) for shape in (x.shape, y.shape))
+    y, cache = layer.forward(params, x)
+    dx, grads = layer.backward(params, cache, dy)
+    assert {leaf.dtype for leaf in nn.tree_flatten({"x": dx, **grads}).values()} == {
+        np.dtype(dtype)
+    }
+    nn.update_statistics(params, cache if isinstance(cache, dict) else x)
+
+
+@every_layer
+@pytest.mark.usefixtures("no_warnings")
+@settings(max_examples=5)
+@given(data=st.data())
+def test_what_is_too_large_for_float32_becomes_inf_without_a_warning(name, data):
+    layer, params, x, _ = data.draw(cases(name, dtypes=[np.float32]))
+    huge = nn.tree_map(lambda a: a.astype(float) * 1e300 if a.dtype.kind == "f" else a, params)
+    y, cache = layer.forward(huge, x)
+    dx, _ = layer.backward(huge, cache, np.full(y.shape, 1e300))
+    assert y.dtype == dx.dtype == np.float32
+
+
+@pytest.mark.parametrize("loss", [*CLASS_LOSSES, *ELEMENT_LOSSES])
+@every_dtype
+@pytest.mark.usefixtures("no_warnings")
+@given(data=st.data())
+def test_losses_are_numbers_for_predictions_of_any_size(loss, dtype, data):
+    shape = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    prediction = extreme(data.draw, shape, dtype)
+    if loss in ELEMENT_LOSSES:
+        target = extreme(data.draw, shape, dtype)
+        if loss == "binary_cross_entropy":
+            target = np.minimum(abs(target), 1)
+        value, gradient = ELEMENT_LOSSES[loss][0](prediction, target)
+    else:
+        soft = data.draw(st.booleans()) and loss != "hinge"
+        labels = np.array(data.draw(st.tuples(*[st.integers(0, shape[1] - 1)] * shape[0])))
+        target = np.minimum(abs(extreme(data.draw, shape, dtype)), 1) if soft else labels
+        function, probable, _ = CLASS_LOSSES[loss]
+        value, gradient = function(
+            np.minimum(abs(prediction), 1) if probable else prediction, target
+        )
+    assert not math.isnan(value)
+    assert not np.isnan(gradient).any()
+    assert gradient.dtype == dtype
+    with contextlib.suppress(ValueError):  # what is no probability
+        function = {**CLASS_LOSSES, **ELEMENT_LOSSES}[loss][0]
+        function(extreme(data.draw, shape, dtype, NOT_FINITE), target)
+
+
+def test_losses_of_logits_further_apart_than_float32_reaches():
+    logits = np.array([[3e38, -3e38, 0]], np.float32)
+    for target, value in (([0], 0), ([1], math.inf), ([2], float(np.float32(3e38)))):
+        assert nn.softmax_cross_entropy(logits, np.array(target))[0] == value
+        soft = np.eye(3)[target]
+        assert nn.softmax_cross_entropy(logits, soft)[0] == value
+    assert nn.hinge(logits, np.array([0]))[0] == 0
+    assert nn.hinge(logits, np.array([1]))[0] == math.inf
+    logits[0, 2] = math.nan
+    assert math.isnan(nn.softmax_cross_entropy(logits, np.array([0]))[0])
+
+
+@every_optimiser
+@every_dtype
+@pytest.mark.usefixtures("no_warnings")
+@given(data=st.data())
+def test_optimisers_take_gradients_of_any_size(name, dtype, data):
+    constructor, _, _, options = OPTIMISERS[name]
+    optimizer = constructor(data.draw(st.sampled_from([1e-3, 1.0])), **options)
+    params = extreme_tree(data.draw, some_params(1), dtype)
+    grads = extreme_tree(data.draw, params, dtype)
+    moved, state = optimizer.step(params, grads, optimizer.init(params))
+    assert not any(np.isnan(leaf).any() for leaf in nn.tree_flatten(moved).values())
+    others = data.draw(st.sampled_from([[], NOT_FINITE]))
+    optimizer = constructor(1.0, **options, weight_decay=0.5)
+    optimizer.step(moved, extreme_tree(data.draw, params, dtype, others), state)
+
+
+@every_dtype
+@pytest.mark.usefixtures("no_warnings")
+@given(data=st.data())
+def test_helpers_take_values_of_any_size(dtype, data):
+    tree = extreme_tree(data.draw, some_params(1), dtype)
+    leaves = np.concatenate([leaf.ravel() for leaf in nn.tree_flatten(tree).values()])
+    norm = nn.global_norm(tree)
+    halves = (leaves / 2).astype(float).tolist()  # so that hypot itself stays finite
+    assert norm == pytest.approx(2 * math.hypot(*halves), rel=1e-12) or norm > 1.79e308
+    if math.isfinite(norm):
+        clipped = nn.global_norm(nn.clip_gradients(tree, 1.0))
+        assert clipped == pytest.approx(min(1, norm), rel=1e-3)
+    with contextlib.suppress(ValueError):  # a norm that is not finite
+        nn.clip_gradients(extreme_tree(data.draw, tree, dtype, NOT_FINITE), 1.0)
+    nn.tree_add(tree, extreme_tree(data.draw, tree, dtype, NOT_FINITE))
+    value, _ = nn.l2_penalty(tree, 1e30)
+    assert not math.isnan(value)
+    logits = extreme(data.draw, (3, 2), dtype, NOT_FINITE)
+    assert 0 <= nn.accuracy(logits, np.array([0, 1, 1])) <= 1
+    images = extreme(data.draw, (1, 1, 3, 4), dtype) * dtype(0.5)  # shares may add up to 1 + 1e-16
+    assert not np.isnan(nn.resize(images, data.draw(st.sampled_from([1, 2, (5, 3)])))).any()
+    amounts = [
+        data.draw(st.sampled_from([0.0, 0.5, largest])) for largest in (1e9, 180, 0.9, 0.9, 1e9)
+    ]
+    assert not np.isnan(nn.augment(1, images, *amounts)).any()
+    images[0, 0, 0, 0] = math.inf
+    nn.augment(1, nn.resize(images, 2))
+
+
+@pytest.mark.usefixtures("no_warnings")
+def test_initialisers_and_networks_take_values_of_any_size():
+    largest = float(np.finfo(np.float32).max)
+    for init in (nn.normal(largest), nn.uniform(largest), nn.constant(-largest), nn.normal(1e-45)):
+        assert not np.isnan(init(0, (20, 20))).any()
+    net, params, x, labels = parallel_case(4, norm=True)
+    gradients = nn.value_and_grad(net, nn.softmax_cross_entropy)
+    huge = nn.training(nn.tree_map(lambda a: a * np.float32(1e30), params), 0)
+    for function in (gradients, nn.data_parallel(gradients, 2)):
+        _, grads, cache = function(huge, (x * 1e30).astype(np.float32), labels)
+        assert grads.keys() == params.keys() - {"2"}
+        nn.update_statistics(huge, cache)
+    with contextlib.suppress(AssertionError):  # differences of what is inf
+        nn.check_gradients(net, huge, x * 1e300)
+    sums = nn.residual(nn.identity())
+    _, cache = sums.forward({}, np.full((1, 2), 1e308))
+    assert sums.backward({}, cache, np.full((1, 2), 1e308))[0][0, 0] == math.inf
+
+
+def test_errors_of_numpy_are_as_the_caller_set_them():
+    """Before and after a call, also one that fails, and in the layers that are the caller's own."""
+    x = np.full((1, 2), 1e308)
+    nn.softplus().forward({}, x)
+    with pytest.raises(TypeError):
+        nn.relu().backward(None, x, x)
+    with np.errstate(over="raise"):
+        nn.residual(nn.identity()).forward({}, x)
+        with pytest.raises(FloatingPointError):
+            x * 10
+    with pytest.warns(RuntimeWarning, match="overflow"):
+        x * 10
+
+
+@pytest.mark.parametrize("loss", [*CLASS_LOSSES, *ELEMENT_LOSSES])
+@pytest.mark.parametrize("order", [*ORDERS, "C"])
+def test_losses_take_arrays_of_any_order_and_kind(loss, order):
+    function = {**CLASS_LOSSES, **ELEMENT_LOSSES}[loss][0]
+    rng = np.random.default_rng(0)
+    prediction, target = rng.random((6, 4)), rng.integers(0, 2, (6, 4)).astype(float)
+    if loss.startswith("hinge"):
+        target = np.arange(6.0) % 4
+    expected = function(
+        prediction, target if loss not in CLASS_LOSSES or target.ndim == 2 else target.astype(int)
+    )
+    for kind in ("f2", "f4", ">f8", "i1", "u8", bool):
+        if target.ndim == 1:
+            kind = {"f2": "i2", "f4": ">i4", ">f8": "u8", bool: "i1"}.get(kind, kind)
+        value, gradient = function(
+            frozen({"x": in_order(prediction, order)})["x"],
+            frozen({"x": in_order(target.astype(kind), order)})["x"],
+        )
+        assert value == pytest.approx(expected[0], rel=1e-12)
+        np.testing.assert_allclose(gradient, expected[1], rtol=1e-12)
+
+
+@every_optimiser
+@pytest.mark.parametrize("order", ORDERS)
+def test_optimisers_take_arrays_of_any_order(name, order):
+    constructor, _, _, options = OPTIMISERS[name]
+    optimizer = constructor(0.1, **options)
+    params, grads = some_params(1), some_params(2)
+    expected = optimizer.step(params, grads, optimizer.init(params))
+
+    def ordered(leaf):
+        return in_order(leaf, order) if leaf.ndim else leaf
+
+    params, grads, state = (
+        frozen(nn.tree_map(ordered, tree)) for tree in (params, grads, optimizer.init(params))
+    )
+    assert all_bytes(*optimizer.step(params, grads, state)) == all_bytes(*expected)
+
+
+@given(order=st.sampled_from(ORDERS), seed=st.integers(0, 99))
+def test_helpers_take_arrays_of_any_order(order, seed):
+    tree = nn.tree_map(lambda a: a[None], some_params(seed))
+    other = nn.tree_map(lambda a: in_order(a, order), tree)
+    assert nn.global_norm(other) == pytest.approx(nn.global_norm(tree), rel=1e-12)
+    assert all_bytes(nn.tree_add(other, other)) == all_bytes(nn.tree_add(tree, tree))
+    for path, leaf in nn.tree_flatten(nn.clip_gradients(other, 0.5)).items():
+        clipped = nn.tree_flatten(nn.clip_gradients(tree, 0.5))[path]
+        np.testing.assert_allclose(leaf, clipped, rtol=1e-12)
+    value, grads = nn.l2_penalty(other, 0.5)
+    assert value == pytest.approx(nn.l2_penalty(tree, 0.5)[0], rel=1e-12)
+    assert all_bytes(grads) == all_bytes(nn.l2_penalty(tree, 0.5)[1])
+    logits, labels = tree["a"]["W"][0], np.array([0, 1, 1])
+    in_any_order = nn.accuracy(in_order(logits, order), in_order(labels.astype("u1"), order))
+    assert in_any_order == nn.accuracy(logits, labels)
+
+
+def test_clipping_and_shares_of_whole_numbers_are_not_cut_off():
+    clipped = nn.clip_gradients({"a": np.array([3, 4])}, 1.0)["a"]
+    np.testing.assert_allclose(clipped, [0.6, 0.8])
+    half = nn.clip_gradients({"a": np.array([3, 4], np.float16)}, 1.0)["a"]
+    assert half.dtype == np.float16
+
+
+# ------------------------------------------------------------------------------------------------
+# Threads
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_network_in_several_threads_gives_the_bits_of_one():
+    net = nn.sequential(
+        nn.conv2d(4, 3, padding=1),
+        nn.batch_norm(),
+        nn.relu(),
+        nn.max_pool2d(2),
+        nn.residual(nn.sequential(nn.conv2d(4, 3, padding=1), nn.gelu())),
+        nn.avg_pool2d(2),
+        nn.flatten(),
+        nn.dropout(0.5),
+        nn.linear(3),
+    )
+    params, _ = net.init(0, (1, 12, 12))
+    optimizer = nn.adam(nn.cosine(0.01, 9))
+    state = optimizer.init(params)
+    x, labels = np.random.default_rng(0).normal(size=(8, 1, 12, 12)), np.arange(8) % 3
+    x = x.astype(np.float32)
+    before = all_bytes(params, state, {"x": x})
+    gradients = nn.value_and_grad(net, nn.softmax_cross_entropy)
+
+    def training_steps(seed):
+        own, own_state, losses = params, state, []
+        for step in range(3):
+            loss, grads, cache = gradients(nn.training(own, (seed, step)), x, labels)
+            own, own_state = optimizer.step(own, nn.clip_gradients(grads, 1.0), own_state)
+            own = nn.update_statistics(own, cache)
+            losses.append(loss)
+        return losses, all_bytes(own, own_state)
+
+    seeds = [0, 1, 2, 3] * 6
+    alone = {seed: training_steps(seed) for seed in set(seeds)}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads take turns in the middle of everything
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(training_steps, seeds))
+    finally:
+        sys.setswitchinterval(interval)
+    assert together == [alone[seed] for seed in seeds]
+    assert all_bytes(params, state, {"x": x}) == before
+
+
+# ------------------------------------------------------------------------------------------------
 # Misuse: every public name
 # ------------------------------------------------------------------------------------------------
 
