@@ -410,7 +410,6 @@ def _times(leaf: Any, factor: float) -> Array:
     return np.asarray(leaf * factor, leaf.dtype if leaf.dtype.kind == "f" else None)
 
 
-@_quiet
 def clip_gradients(grads: Tree, max_norm: float) -> Tree:
     """grads · min(1, max_norm / global_norm(grads)) (Pascanu et al. 2013).
 
@@ -815,7 +814,6 @@ def _sigmoid(x: Array) -> Array:
     return np.exp(np.minimum(x, 0)) / (1 + np.exp(-np.abs(x)))
 
 
-@_quiet
 def sigmoid_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = 1 / (1 + exp(-x))."""
     _check_input("sigmoid", params, x)
@@ -834,7 +832,6 @@ def sigmoid() -> Layer:
     return Layer(identity_init, sigmoid_forward, sigmoid_backward)
 
 
-@_quiet
 def tanh_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = tanh(x)."""
     _check_input("tanh", params, x)
@@ -853,7 +850,6 @@ def tanh() -> Layer:
     return Layer(identity_init, tanh_forward, tanh_backward)
 
 
-@_quiet
 def softplus_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = log(1 + exp(x))."""
     _check_input("softplus", params, x)
@@ -1063,6 +1059,10 @@ def _per_channel(vector: Array, x: Array) -> Array:
     return np.repeat(vector, W * N).reshape(C, 1, W, N).transpose(3, 0, 1, 2)
 
 
+def _to_float32(leaf: Array) -> Array:
+    return leaf.astype(np.float32) if leaf.dtype.kind == "f" else leaf
+
+
 @_quiet
 def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tree]:
     """y = gamma · (x - mean) / sqrt(var + eps) + beta, for x (N, C) or (N, C, H, W).
@@ -1091,6 +1091,9 @@ def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tr
         centered = x - _per_channel(mean, x)
         cache = {"statistics": {"mean": mean, "var": var}}
     inverse_std = 1 / np.sqrt(var + eps)
+    if x.dtype == np.float32 and not math.isfinite(var @ inverse_std):  # sums that overflowed
+        y, cache = batch_norm_forward(params, x.astype(np.float64), eps=eps)
+        return y.astype(np.float32), tree_map(_to_float32, cache)
     y = centered * _per_channel(gamma * inverse_std, x)
     y += _per_channel(beta, x)
     return y, {**cache, "centered": centered, "inverse_std": inverse_std}
