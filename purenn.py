@@ -155,6 +155,8 @@ def _check_bool(where: str, name: str, value: Any) -> None:
 
 def _is_array(x: Any) -> bool:
     """Whether x is an array, but neither masked nor a matrix, which compute in other ways."""
+    if type(x) is np.ndarray:
+        return True
     return isinstance(x, np.ndarray) and not isinstance(x, (np.ma.MaskedArray, np.matrix))
 
 
@@ -2292,10 +2294,11 @@ def _update_entry(
     if g.shape != p.shape:
         raise ValueError(f"{where}: {path}: grads have shape {g.shape}, but params {p.shape}")
     for quantity, value in memory.items():
-        shape, kinds = ((), "i") if quantity == "count" else (p.shape, "f")
-        if not _is_array(value) or value.shape != shape or value.dtype.kind not in kinds:
+        counts = quantity == "count"
+        shape, kind = ((), "i") if counts else (p.shape, "f")
+        if not _is_array(value) or value.shape != shape or value.dtype.kind != kind:
             raise ValueError(f"{where}: the state has no {quantity} of {path} and of its shape")
-        if kinds == "i":
+        if counts:
             _whole(f"{where}: {path}", "count in the state", value.item(), 0)
         elif value.dtype != p.dtype:
             memory = {**memory, quantity: value.astype(p.dtype)}

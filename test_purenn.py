@@ -2933,6 +2933,8 @@ def test_helpers_take_values_of_any_size(dtype, data):
     nn.tree_add(tree, extreme_tree(data.draw, tree, dtype, NOT_FINITE))
     value, _ = nn.l2_penalty(tree, 1e30)
     assert not math.isnan(value)
+    lowest, highest = (np.full(2, sign * SIZES[dtype][-1], dtype) for sign in (-1, 1))
+    nn.update_statistics({"mean": lowest}, {"statistics": {"mean": highest}})
     logits = extreme(data.draw, (3, 2), dtype, NOT_FINITE)
     assert 0 <= nn.accuracy(logits, np.array([0, 1, 1])) <= 1
     images = extreme(data.draw, (1, 1, 3, 4), dtype) * dtype(0.5)  # shares may add up to 1 + 1e-16
