@@ -2061,7 +2061,6 @@ def softmax_cross_entropy(
     return loss, gradient
 
 
-@_quiet
 def cross_entropy(probabilities: Array, target: Array) -> tuple[float, Array]:
     """-Σ t log p, the mean over the batch; its gradient -t / p / N.
 
@@ -2915,7 +2914,6 @@ def _shard(
     return share * loss, tree_map(times, grads), tree_map(times, _only_statistics(cache))
 
 
-@_quiet
 def _data_parallel(
     params: Tree, x: Array, target: Array, *, gradients: Callable, shards: int, mapped: Callable
 ) -> tuple[float, Tree, Tree]:
@@ -2926,8 +2924,6 @@ def _data_parallel(
             raise TypeError(f"data_parallel: {name} must be an array (N, ...), got {_kind(array)}")
     if len(x) != len(target):
         raise ValueError(f"data_parallel: x has {len(x)} samples, but target {len(target)}")
-    if not len(x):
-        raise ValueError("data_parallel: x has no samples")
     count = max(1, min(shards, len(x)))
     ends = [len(x) * shard // count for shard in range(count + 1)]
     parts = []
