@@ -2494,6 +2494,18 @@ def test_data_parallel_depends_on_its_shards_alone(shards):
                 np.testing.assert_allclose(leaf, flat[path], rtol=1e-6, atol=1e-9)
 
 
+def test_a_single_layer_is_a_network_too():
+    params, _ = nn.linear(3).init(0, (3,))
+    x, labels = np.random.default_rng(0).normal(size=(4, 3)), np.array([0, 1, 2, 0])
+    gradients = nn.value_and_grad(nn.linear(3), nn.softmax_cross_entropy)
+    loss, grads, cache = gradients(params, x, labels)
+    assert all_bytes(nn.update_statistics(params, cache)) == all_bytes(params)
+    in_parts = nn.data_parallel(gradients, 2)(params, x, labels)
+    assert in_parts[0] == pytest.approx(loss)
+    np.testing.assert_allclose(in_parts[1]["W"], grads["W"])
+    assert in_parts[2] == {}
+
+
 def test_data_parallel_refuses_what_its_function_would_refuse():
     net, params, x, labels = parallel_case(4)
     in_parts = nn.data_parallel(nn.value_and_grad(net, nn.softmax_cross_entropy), 2)
@@ -3002,6 +3014,16 @@ def test_losses_take_arrays_of_any_order_and_kind(loss, order):
         )
         assert value == pytest.approx(expected[0], rel=1e-12)
         np.testing.assert_allclose(gradient, expected[1], rtol=1e-12)
+
+
+def test_arrays_in_mapped_files_are_arrays(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(6.0).reshape(2, 3))
+    x = np.load(tmp_path / "x.npy", mmap_mode="r")
+    params, _ = nn.linear(2).init(0, (3,))
+    y, cache = nn.linear_forward(params, x)
+    assert all_bytes(y) == all_bytes(nn.linear_forward(params, np.array(x))[0])
+    _, grads = nn.linear_backward(params, cache, y)
+    assert all_bytes(grads) == all_bytes(nn.linear_backward(params, np.array(x), y)[1])
 
 
 @every_optimiser
