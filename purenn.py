@@ -1143,7 +1143,7 @@ def update_statistics(params: Tree, cache: Tree, momentum: float = 0.1) -> Tree:
     `cache` is that of the forward pass in training mode. Any layer may take part: what its cache
     holds under "statistics" are the batch's values for the params of the same names, which are
     not trained. The variance is the unbiased one, as PyTorch keeps it. ValueError for a momentum
-    outside [0, 1].
+    outside [0, 1], TypeError for a cache that is neither a dict nor an array.
     """
     momentum = _number("update_statistics", "momentum", momentum, minimum=0, maximum=1)
     if not isinstance(params, dict):

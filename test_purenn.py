@@ -3115,7 +3115,7 @@ def test_a_network_in_several_threads_gives_the_bits_of_one():
 
 
 # ------------------------------------------------------------------------------------------------
-# Misuse: every public name
+# Misuse: what the sentences say
 # ------------------------------------------------------------------------------------------------
 
 Z, LABELS = np.ones((2, 3)), np.array([0, 2])
