@@ -3314,8 +3314,9 @@ def _read_npy(member: IO[bytes], size: int) -> Array:
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"unknown version {version} of the .npy format")
     length = int.from_bytes(member.read(2 * version[0]), "little")
-    header = _NPY_HEADER.fullmatch(member.read(min(length, 10_000)))
-    if not header:
+    text = member.read(min(length, 10_000))
+    header = _NPY_HEADER.fullmatch(text)
+    if not header or len(text) != length:
         raise ValueError("its header is not that of an array of numbers")
     dtype = np.dtype(header[1].decode())
     shape = tuple(map(int, re.findall(rb"\d+", header[3])))

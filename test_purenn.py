@@ -4939,6 +4939,16 @@ def test_a_header_means_what_numpy_takes_it_for_or_is_refused(
     assert message.startswith(f"{path}: cannot be read: ") or not message
 
 
+@pytest.mark.parametrize("claim", [1, 2**16 - 70])
+def test_load_refuses_a_header_shorter_than_it_says(tmp_path, claim):
+    header = header_of("(0,)")
+    content = npy_of_header(header).replace(
+        struct.pack("<H", len(header)), struct.pack("<H", len(header) + claim)
+    )
+    with pytest.raises(ValueError, match="its header is not that of an array of numbers"):
+        nn.load(zip_of(tmp_path / "x", content))
+
+
 def test_load_reads_what_python_2_wrote(tmp_path):
     path = zip_of(tmp_path / "x", npy_of_header(header_of("(2L, 3L)"), bytes(48)))
     with warnings.catch_warnings():
