@@ -3437,7 +3437,7 @@ def _as_images(array: Array) -> Array:
         images = np.ascontiguousarray(array, np.float32)
     if not np.isfinite(images).all():
         raise ValueError("images must be finite")
-    return images if array.dtype.kind in "fb" else images / np.float32(255)
+    return images if array.dtype.kind in "fb" else np.divide(images, np.float32(255), out=images)
 
 
 def read_dataset(path: str | os.PathLike) -> dict[str, Array]:
