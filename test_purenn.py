@@ -7000,6 +7000,14 @@ def test_hostile_images_are_refused_without_a_warning_and_without_much_memory(na
     assert not warned
 
 
+def test_a_large_image_is_read(tmp_path):
+    needs_pillow()
+    noise = np.random.default_rng(0).integers(0, 256, (1100, 1000), np.uint8)
+    one_image(tmp_path, png(1000, 1100, np.insert(noise, 0, 0, axis=1).tobytes()))
+    data = train_mlp.read_image_folders(str(tmp_path), None)
+    np.testing.assert_array_equal(data["x_train"][0, 0], noise / np.float32(255))
+
+
 def test_an_image_that_is_cut_off_or_has_a_bit_flipped_is_refused_or_right(tmp_path):
     needs_pillow()
     whole = png(3, 2, PIXELS)

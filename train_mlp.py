@@ -666,16 +666,17 @@ def read_image(path: str, size: int | None) -> np.ndarray:
             image = PIL.Image.open(content, formats=IMAGE_FORMATS)
             if image.mode[0] in "IF":
                 raise ValueError(f"its pixels are of mode {image.mode}, expected 8 bits a colour")
-            if not 0 < math.prod(image.size) <= max(1_000_000, 200 * len(content.getbuffer())):
+            if not 0 < math.prod(image.size) <= max(1_000_000, 50 * len(content.getbuffer())):
                 raise ValueError(f"{image.width}x{image.height} pixels do not fit in it")
             grey = image.mode in ("1", "L", "LA")
-            pixels = np.asarray(image.convert("L" if grey else "RGB"), np.float32)
+            pixels = np.asarray(image.convert("L" if grey else "RGB"))
     except Exception as error:  # Pillow raises any, for damaged files
         reason = str(error) or type(error).__name__
         if isinstance(error, PIL.UnidentifiedImageError):
             reason = f"it is no whole {', '.join(IMAGE_FORMATS)}"
         raise ValueError(f"{path}: cannot be read as an image: {reason}") from None
-    pixels = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1) / np.float32(255)
+    pixels = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
+    pixels = np.divide(pixels, np.float32(255), dtype=np.float32)
     return pixels if size is None else nn.resize(pixels[None], size)[0]
 
 
