@@ -35,7 +35,7 @@ from typing import Any
 
 import atheris
 
-sys.path.insert(0, os.environ.get("FUZZED", str(pathlib.Path(__file__).resolve().parent.parent)))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 with atheris.instrument_imports(include=["purenn", "train_mlp", "zipfile", "gzip", "PIL"]):
     import gzip
     import zipfile
@@ -238,7 +238,7 @@ TARGETS: dict[str, tuple[Any, Any, Any, str, int, int]] = {
     "dataset": (nn.read_dataset, good_sets, mutate_archive, "data.npz", 1000, 2_000_000),
     "images": (
         lambda path: train_mlp.read_image_folders(os.path.dirname(os.path.dirname(path)), None),
-        *(good_images, mutate_image, "class/image.png", 10_000, 40_000_000),
+        *(good_images, mutate_image, "class/image.png", 1_000, 30_000_000),
     ),
 }
 
