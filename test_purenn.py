@@ -2956,7 +2956,8 @@ def test_helpers_take_values_of_any_size(dtype, data):
     ]
     assert not np.isnan(nn.augment(1, images, *amounts)).any()
     images[0, 0, 0, 0] = math.inf
-    nn.augment(1, nn.resize(images, 2))
+    nn.resize(images, 2)
+    nn.augment(1, images, 0, 0, 0, 0)
 
 
 @pytest.mark.usefixtures("no_warnings")
@@ -5216,6 +5217,12 @@ def four_parts(shape=(4, 5), kind=np.uint8):
 def data_of(tmp_path, **changed):
     np.savez(tmp_path / "data.npz", **{**four_parts(), **changed})
     return nn.read_dataset(tmp_path / "data.npz")
+
+
+@pytest.mark.usefixtures("no_warnings")
+def test_pixels_too_large_for_float32_are_refused_without_a_warning(tmp_path):
+    with pytest.raises(ValueError, match="images must be finite"):
+        data_of(tmp_path, x_train=np.full((6, 4, 5), 1e300))
 
 
 FOLDER_NAMES = {
