@@ -3433,8 +3433,7 @@ def _as_images(array: Array) -> Array:
         raise ValueError(f"images must be (N, H, W), (N, H, W, C) or (N, C, H, W): {array.shape}")
     if array.shape[1] not in (1, 3) and array.shape[3] in (1, 3, 4):
         array = array.transpose(0, 3, 1, 2)
-    with np.errstate(all="ignore"):  # what float32 cannot hold becomes infinite
-        images = np.ascontiguousarray(array, np.float32)
+    images = np.ascontiguousarray(array, np.float32)
     if not np.isfinite(images).all():
         raise ValueError("images must be finite")
     return images if array.dtype.kind in "fb" else np.divide(images, np.float32(255), out=images)
