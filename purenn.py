@@ -1913,12 +1913,12 @@ def sequential_backward(
 def sequential(*layers: Any, **named_layers: Any) -> Layer:
     """One layer after the other. Unnamed layers are called "0", "1", ... by their position.
 
-    `sequential(hidden=linear(256), act=relu(), out=linear(10))`. ValueError for the name "key",
-    an empty one or one with "/" in it; TypeError for what is not a layer.
+    `sequential(hidden=linear(256), act=relu(), out=linear(10))`. ValueError for the names "key" and
+    "statistics", an empty one or one with "/" in it; TypeError for what is not a layer.
     """
     every: dict[str, Any] = {str(position): layer for position, layer in enumerate(layers)}
     for name, layer in named_layers.items():
-        if name in every or name in ("", "key") or "/" in name:
+        if name in every or name in ("", "key", "statistics") or "/" in name:
             raise ValueError(f"sequential: a layer cannot be called {name!r}")
         every[name] = layer
     _check_layers("sequential", every)

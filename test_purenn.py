@@ -3435,7 +3435,7 @@ def test_every_public_name_has_a_docstring_and_stands_in_all():
 
 
 def test_names_of_layers_are_checked():
-    for bad in ("key", "", "a/b"):
+    for bad in ("key", "statistics", "", "a/b"):
         with pytest.raises(ValueError, match=f"sequential: a layer cannot be called '{bad}'"):
             nn.sequential(**{bad: nn.relu()})
     with pytest.raises(ValueError, match="sequential: a layer cannot be called '0'"):
