@@ -770,7 +770,6 @@ def test_update_statistics_reaches_every_depth_and_leaves_the_rest():
     net = nn.sequential(
         nn.linear(3),
         block=nn.residual(nn.sequential(nn.batch_norm())),
-        statistics=nn.relu(),
         mean=nn.linear(3),
     )
     params, _ = net.init(0, (2,))
@@ -6682,8 +6681,16 @@ def test_a_training_killed_at_any_moment_goes_on_to_the_same_bits(blob_file, tmp
     assert not list((tmp_path / "parts").glob("*.tmp"))
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal, also where the tests run behind nohup."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
-    blob_file, tmp_path, monkeypatch, capsys
+    blob_file, tmp_path, monkeypatch, capsys, interruptible
 ):
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     assert train_on(blob_file, "--out", whole) == 0
@@ -6719,7 +6726,15 @@ def test_a_checkpoint_is_not_lost_where_another_training_begins(blob_file, tmp_p
     assert kept(tmp_path)["checkpoint.npz"] != first
 
 
-def test_a_second_ctrl_c_is_at_once():
+def test_ctrl_c_that_is_ignored_stays_ignored(interruptible):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with train_mlp.Stop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert not stop.asked
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_a_second_ctrl_c_is_at_once(interruptible):
     with train_mlp.Stop() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.asked

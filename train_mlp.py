@@ -1276,8 +1276,9 @@ class Stop:
         self.before: Any = None
 
     def __enter__(self) -> Stop:
-        with contextlib.suppress(ValueError):  # only the main thread may
-            self.before = signal.signal(signal.SIGINT, self.ask)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as behind nohup
+            with contextlib.suppress(ValueError):  # only the main thread may
+                self.before = signal.signal(signal.SIGINT, self.ask)
         return self
 
     def ask(self, *_: object) -> None:
