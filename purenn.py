@@ -665,7 +665,7 @@ def linear_backward(
     _check_array("linear", "cache", x)
     _check_params("linear", params, _WEIGHTED)
     W = _linear_weight(params, x)
-    dy = _check_gradient("linear", dy, (*x.shape[:-1], W.shape[-1]), x.dtype)
+    dy = _check_gradient("linear", dy, (*x.shape[:-1], W.shape[1]), x.dtype)
     rows = dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])
     grads = {"W": (x if x.ndim == 2 else x.reshape(-1, x.shape[-1])).T @ rows}
     if "b" in params:
@@ -1335,9 +1335,8 @@ def _unfold(rows: Array, places: int, windows: _Windows, groups: int) -> Array:
     count, stride, before, dilation = (both[1] for both in windows)
     width = (count - 1) * stride + (places - 1) * dilation + 1
     if before or width > W:
-        inside, pixels = _under(0, W, _Windows((1, width), (1, 1), (0, before)), 1)
         padded = np.zeros((H, C, width, N), rows.dtype)
-        padded[:, :, inside] = rows[:, :, pixels]
+        padded[:, :, before : before + W] = rows[:, :, : max(0, width - before)]
         rows = padded
     row, channel, pixel, item = rows.strides
     shape = (H, groups, C // groups, places, count, N)
@@ -2112,7 +2111,7 @@ def _elementwise_target(where: str, prediction: Any, target: Any) -> Array:
         raise ValueError(
             f"{where}: target has shape {target.shape}, but the prediction {prediction.shape}"
         )
-    return target if target.dtype == prediction.dtype else target.astype(prediction.dtype)
+    return target.astype(prediction.dtype, copy=False)
 
 
 @_quiet

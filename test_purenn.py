@@ -489,10 +489,54 @@ def test_an_axis_without_entries_has_no_statistics():
 
 
 def test_the_cache_of_another_layer_is_refused():
-    for layer in (nn.dropout(0.5), nn.batch_norm(), nn.layer_norm()):
+    for layer in (nn.dropout(0.5), nn.batch_norm(), nn.layer_norm(), nn.max_pool2d(1)):
         for bad in ({}, {"other": np.ones((2, 3))}, np.ones((2, 3)), None):
-            with pytest.raises(ValueError, match="^(dropout|batch_norm|layer_norm): the cache is"):
+            names = "dropout|batch_norm|layer_norm|max_pool2d"
+            with pytest.raises(ValueError, match=f"^({names}): the cache is not its own"):
                 layer.backward({}, bad, np.ones((2, 3)))
+
+
+def test_a_mapped_file_is_an_array(tmp_path):
+    x = np.memmap(tmp_path / "x", np.float32, "w+", shape=(4, 3))
+    x[:] = np.arange(12).reshape(4, 3)
+    params, _ = nn.linear(2).init(0, (3,))
+    y, cache = nn.linear_forward(params, x)
+    assert y.tobytes() == nn.linear_forward(params, np.array(x))[0].tobytes()
+    assert nn.linear_backward(params, cache, y)[0].shape == (4, 3)
+
+
+@every_layer
+@given(data=st.data())
+def test_a_gradient_of_another_shape_is_refused(name, data):
+    layer, params, x, shape = data.draw(cases(name))
+    _, cache = layer.forward(params, x)
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    longer = tuple(size + (place == axis) for place, size in enumerate(shape))
+    shorter = tuple(size - (place == axis) for place, size in enumerate(shape))
+    for other in (longer, shorter, (*shape, 1), shape[:-1]):
+        with pytest.raises(ValueError, match=r"dy has shape \(.*\), but y has \("):
+            layer.backward(params, cache, np.ones(other, x.dtype))
+
+
+def test_what_has_the_right_dtype_is_not_copied():
+    x, dy = np.ones((2, 3)), np.ones((2, 3))
+    assert nn.identity_backward({}, x, dy)[0] is dy
+    for dtype in (np.float32, np.float64):
+        params, _ = nn.batch_norm().init(0, (3,))
+        params = as_dtype(params, dtype)
+        statistics = nn.batch_norm().forward(params, x)[1]["statistics"]
+        assert (statistics["mean"] is params["mean"]) == (dtype == x.dtype)
+        assert statistics["mean"].dtype == x.dtype
+
+
+@every_layer
+@settings(max_examples=2)
+@given(data=st.data())
+def test_every_argument_can_be_given_by_its_name(name, data):
+    layer, params, x, shape = data.draw(cases(name))
+    assert layer.init(key=0, shape=x.shape[1:])[1] == shape[1:]
+    y, cache = layer.forward(params=params, x=x)
+    assert layer.backward(params=params, cache=cache, dy=y)[0].shape == x.shape
 
 
 def test_linear_names_the_features_of_an_input_with_leading_axes():
@@ -568,6 +612,17 @@ def test_activations_are_right_at_large_inputs_without_a_warning(name, dtype):
     assert np.isfinite(y_huge).all()
 
 
+def test_activations_without_options_are_those_of_the_papers():
+    x = np.array([[-1.0, 2.0]])
+    np.testing.assert_array_equal(nn.leaky_relu().forward({}, x)[0], [[-0.01, 2]])
+    np.testing.assert_allclose(nn.elu().forward({}, x)[0], [[math.expm1(-1), 2]])
+
+
+def test_relu_lets_through_what_is_above_0_and_nothing_else():
+    y, dy = np.array([[-1.0, 0.0, 2.0, math.nan]]), np.array([[3.0, 4.0, 5.0, 6.0]])
+    np.testing.assert_array_equal(nn.relu_backward({}, y, dy)[0], [[0, 0, 5, 0]])
+
+
 def test_slopes_at_a_kink_are_those_of_the_left():
     zero = np.zeros((1, 1))
     for layer, slope in ((nn.relu(), 0), (nn.leaky_relu(0.3), 0.3), (nn.elu(2), 2)):
@@ -624,18 +679,25 @@ def test_linear_starts_with_its_initialiser_and_no_bias():
 
 
 def test_linear_refuses_an_initialiser_that_gives_another_shape():
-    with pytest.raises(ValueError, match=r"linear: init gave shape \(3, 4\), expected \(4, 3\)"):
-        nn.linear(3, lambda key, shape: nn.zeros(key, shape).T).init(0, (4,))
+    for shape in ((3, 4), (4, 3, 1), (4, 4), ()):
+        with pytest.raises(ValueError, match=r"linear: init gave shape \(.*\), expected \(4, 3\)"):
+            nn.linear(3, lambda key, _, given=shape: np.zeros(given)).init(0, (4,))
 
 
 def test_linear_says_what_does_not_fit():
     params, _ = nn.linear(10).init(0, (784,))
     with pytest.raises(ValueError, match="^linear: x has 100 features, but W takes 784$"):
         nn.linear_forward(params, np.ones((2, 100)))
-    with pytest.raises(ValueError, match=r"b must have shape \(10,\), got \(3,\)"):
-        nn.linear_forward({**params, "b": np.ones(3)}, np.ones((2, 784)))
-    with pytest.raises(ValueError, match=r"W must be \(in, out\), got shape \(10,\)"):
-        nn.linear_forward({"W": np.ones(10)}, np.ones((2, 10)))
+    for size in (3, 11):
+        with pytest.raises(ValueError, match=rf"b must have shape \(10,\), got \({size},\)"):
+            nn.linear_forward({**params, "b": np.ones(size)}, np.ones((2, 784)))
+    for shape in ((10,), (10, 3, 2)):
+        with pytest.raises(ValueError, match=r"W must be \(in, out\), got shape \(10,"):
+            nn.linear_forward({"W": np.ones(shape)}, np.ones((2, 10)))
+    with pytest.raises(ValueError, match=r"^linear: .* unknown entries \['V'\], .* \['W', 'b'\]$"):
+        nn.linear_forward({**params, "V": params["W"]}, np.ones((2, 784)))
+    with pytest.raises(ValueError, match=r"^sequential: .* \['x'\], expected \['0'\]$"):
+        nn.sequential(nn.linear(10)).forward({"x": params}, np.ones((2, 784)))
 
 
 @given(shape=any_shape, batch=st.integers(0, 4))
@@ -667,6 +729,12 @@ def test_dropout_drops_its_share_and_scales_the_rest(rate, seed):
     assert abs(kept.mean() - (1 - rate)) <= 5 * math.sqrt(rate * (1 - rate) / x.size)
     dx, _ = nn.dropout(rate).backward({}, cache, 2 * x)
     np.testing.assert_allclose(dx, np.where(kept, 6 / (1 - rate), 0))
+
+
+def test_dropout_of_nothing_drops_nothing_even_where_a_0_is_drawn():
+    x = np.ones((1, 5033), np.float32)
+    assert nn.uniform(1.0)(1200, x.shape)[0, 5032] == -1
+    assert nn.dropout(0.0).forward(nn.training({}, 1200), x)[0].all()
 
 
 def test_dropout_draws_its_mask_from_its_key_alone():
@@ -743,9 +811,9 @@ def test_batch_norm_refuses_what_has_no_variance_or_does_not_fit():
     for shape in ((4,), (2, 3, 4), (2, 3, 4, 5, 6)):
         with pytest.raises(ValueError, match=r"x must be \(N, C\) or \(N, C, H, W\), got shape"):
             layer.forward(params, np.ones(shape))
-    for entry in params:
-        with pytest.raises(ValueError, match=rf"x has 3 channels, but {entry} is \(4,\)"):
-            layer.forward({**params, entry: np.ones(4)}, np.ones((2, 3)))
+    for entry, size in itertools.product(params, (2, 4)):
+        with pytest.raises(ValueError, match=rf"x has 3 channels, but {entry} is \({size},\)"):
+            layer.forward({**params, entry: np.ones(size)}, np.ones((2, 3)))
 
 
 @given(data=st.data())
@@ -759,11 +827,18 @@ def test_layer_norm_is_its_formula(data):
         np.testing.assert_allclose(y[index], expected * params["gamma"] + params["beta"], rtol=1e-9)
 
 
+def test_normalisation_adds_a_hundred_thousandth_to_the_variance():
+    x = np.array([[0.002, 0.0], [0.0, 0.002]])  # of variance 1e-6
+    for layer in (nn.layer_norm(), nn.batch_norm()):
+        y, _ = layer.forward(nn.training(layer.init(0, (2,))[0], 0), x)
+        np.testing.assert_allclose(y, (x - 0.001) / math.sqrt(1.1e-5))
+
+
 def test_layer_norm_refuses_what_does_not_fit():
     params, _ = nn.layer_norm().init(0, (3,))
-    for entry in params:
-        with pytest.raises(ValueError, match="layer_norm: x has 3 features"):
-            nn.layer_norm().forward({**params, entry: np.ones(4)}, np.ones((2, 3)))
+    for entry, size in itertools.product(params, (2, 4)):
+        with pytest.raises(ValueError, match=rf"x has 3 features, but {entry} is \({size},\)"):
+            nn.layer_norm().forward({**params, entry: np.ones(size)}, np.ones((2, 5, 3)))
 
 
 def test_update_statistics_reaches_every_depth_and_leaves_the_rest():
@@ -787,8 +862,9 @@ def test_update_statistics_reaches_every_depth_and_leaves_the_rest():
     np.testing.assert_allclose(
         moved["block"]["branch"]["0"]["var"], 0.9 + 0.1 * hidden.var(axis=0, ddof=1), rtol=1e-5
     )
-    with pytest.raises(ValueError, match="update_statistics: mean is"):
-        nn.update_statistics({"mean": np.ones(2)}, {"statistics": {"mean": np.ones(3)}})
+    for size in (1, 3):
+        with pytest.raises(ValueError, match="update_statistics: mean is"):
+            nn.update_statistics({"mean": np.ones(2)}, {"statistics": {"mean": np.ones(size)}})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -882,6 +958,32 @@ def test_conv2d_is_a_loop_over_windows(options, kernel, channels, shape, dtype, 
         layer.backward(params, cache, dy, need_dx=False)[1]["W"], grads["W"]
     )
     assert layer.backward(params, cache, dy, need_dx=False)[0] is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "size", "padding", "stride"),
+    [(7, 2, 3, 1), (5, 2, 2, 2), (1, 1, 1, 3), (3, 5, 1, 5), (3, 4, 3, 3), (1, 4, 2, 8)],
+)
+def test_a_kernel_may_lie_over_padding_alone(kernel, size, padding, stride):
+    loop = test_conv2d_is_a_loop_over_windows.hypothesis.inner_test
+    options = {"padding": padding, "stride": stride, "dilation": 1, "groups": 1}
+    case = {"kernel": (kernel, kernel), "channels": (1, 1), "shape": (1, size, size)}
+    loop(options=options, **case, dtype=np.float64, order="F", seed=0)
+
+
+def test_a_convolution_is_one_product_and_one_more_for_each_row_at_the_border(monkeypatch):
+    products, matmul = [], np.matmul
+    monkeypatch.setattr(np, "matmul", lambda *a, **k: (products.append(a), matmul(*a, **k))[1])
+    ranges = range(3, 10), range(1, 6), range(1, 4), range(4)
+    for height, kernel, stride, padding in itertools.product(*ranges):
+        if height + 2 * padding >= kernel:
+            layer = nn.conv2d(1, (kernel, 1), (stride, 1), (padding, 0))
+            params, (_, rows, _) = layer.init(0, (1, height, 2))
+            products.clear()
+            layer.forward(params, np.ones((1, 1, height, 2)))
+            tops = [row * stride - padding for row in range(rows)]
+            inside = sum(0 <= top <= height - kernel for top in tops)
+            assert len(products) == (inside > 0) + rows - inside
 
 
 CONVOLUTIONS = {  # one for each option, at a size that people use
@@ -979,6 +1081,14 @@ def test_pools_are_loops_over_windows_ties_included(kind, data, shape, values, o
     np.testing.assert_allclose(dx, dexpected, atol=1e-12)
 
 
+def test_padding_of_a_pool_goes_to_its_own_axis():
+    x = np.ones((1, 1, 2, 3))
+    y, _ = nn.avg_pool2d((1, 3), 1, (0, 1)).forward({}, x)
+    np.testing.assert_allclose(y[0, 0], [[2 / 3, 1, 2 / 3]] * 2)
+    y, _ = nn.avg_pool2d((2, 1), 1, (1, 0)).forward({}, x)
+    np.testing.assert_allclose(y[0, 0], [[0.5] * 3, [1] * 3, [0.5] * 3])
+
+
 def test_padding_never_wins_even_against_the_lowest_values():
     layer = nn.max_pool2d(2, padding=1)
     x = np.full((1, 1, 2, 2), -np.inf)
@@ -1039,6 +1149,24 @@ def test_a_convolution_needs_memory_for_a_copy_per_kernel_column(kernel):
         assert peak_memory(call) < (kernel + 2.6) * x.nbytes
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_gradient_of_a_kernel_is_one_product_or_as_many_as_memory_allows(monkeypatch, groups):
+    def backward(batch, size, channels):
+        layer = nn.conv2d(channels, 3, groups=groups)
+        params, _ = layer.init(0, (channels, *size))
+        x = in_order(np.ones((batch, channels, *size), np.float32), "rows first")
+        y, cache = layer.forward(params, x)
+        return partial(layer.backward, params, cache, y, need_dx=False), x
+
+    few, x = backward(1, (64, 8), 64)  # a kernel of half the size of its image
+    assert peak_memory(few) < 10 * x.nbytes
+    many, _ = backward(60, (8, 12), 2)
+    products, matmul = [], np.matmul
+    monkeypatch.setattr(np, "matmul", lambda *a, **k: (products.append(a), matmul(*a, **k))[1])
+    many()
+    assert len(products) == 1
+
+
 def test_conv2d_finds_at_init_what_it_would_find_at_the_first_step():
     x = np.ones((2, 4, 6, 7))
     for layer, words in [
@@ -1076,7 +1204,9 @@ def test_layers_of_images_say_what_does_not_fit():
     for bad, words in [
         (x[0], r"conv2d: x must be \(N, C, H, W\), got shape \(2, 5, 5\); give a single image"),
         (x[:, :, 0, 0], r"conv2d: x must be \(N, C, H, W\), got shape \(1, 2\)$"),
+        (x[None], r"conv2d: x must be \(N, C, H, W\), got shape \(1, 1, 2, 5, 5\)$"),
         (np.ones((1, 3, 5, 5), np.float32), "conv2d: x has 3 channels, but W takes 2"),
+        (np.ones((1, 1, 5, 5), np.float32), "conv2d: x has 1 channels, but W takes 2"),
         (x[:, :, :0], r"conv2d: x has no pixels, got shape \(1, 2, 0, 5\)"),
     ]:
         with pytest.raises(ValueError, match=words):
@@ -1088,6 +1218,8 @@ def test_layers_of_images_say_what_does_not_fit():
             r"conv2d: W must be \(out, in/2, kh, kw\), got shape \(3, 1, 3, 3\)",
         ),
         ({"W": params["W"][:, :0]}, r"conv2d: W must be"),
+        ({"W": np.ones((2, 3, 3), np.float32)}, r"conv2d: W must be .* got shape \(2, 3, 3\)"),
+        ({"W": np.ones((2, 1, 3, 3, 1), np.float32)}, r"conv2d: W must be .*, 3, 3, 1\)"),
         (
             {"W": params["W"], "b": np.ones(3, np.float32)},
             r"conv2d: b must have shape \(4,\), got \(3",
@@ -1108,8 +1240,19 @@ def test_layers_of_images_say_what_does_not_fit():
             pool.forward({}, x[:, :, :, :0])
         with pytest.raises(ValueError, match=r"pool2d: shape \(5, 5\) has 2 axes, expected 3"):
             pool.init(0, (5, 5))
+        assert pool.forward({}, x[:, :0])[0].shape[:2] == (1, 0)
     with pytest.raises(ValueError, match="conv2d: shape .* has 2 axes, expected 3"):
         layer.init(0, (5, 5))
+    for kernel in ((3,), (3, 3, 3)):
+        with pytest.raises(ValueError, match="conv2d: kernel must be a whole number or a pair"):
+            nn.conv2d(1, kernel)
+
+
+def test_layers_of_images_take_what_fits_narrowly():
+    assert nn.max_pool2d(6, padding=3).init(0, (1, 1, 1)) == ({}, (1, 1, 1))
+    assert nn.conv2d(1, 3, padding="".join(["sa", "me"])).init(0, (1, 4, 4))[1] == (1, 4, 4)
+    params, _ = nn.conv2d(1, 1).init(0, (300, 1, 1))
+    assert nn.conv2d(1, 1).forward(params, np.ones((1, 300, 1, 1)))[0].shape == (1, 1, 1, 1)
 
 
 def test_conv2d_starts_with_its_initialiser_and_no_bias():
@@ -1176,7 +1319,7 @@ def test_leaving_out_dx_leaves_the_grads_as_they_are(data):
     body = nn.sequential(nn.linear(data.draw(sizes)), nn.tanh(), nn.linear(2))
     start = data.draw(st.sampled_from([[], [nn.flatten()], [nn.dropout(0.5), nn.flatten()]]))
     end = data.draw(st.sampled_from([{}, {"out": nn.linear(3)}, {"block": nn.residual(body)}]))
-    net = nn.sequential(*start, body=body, **end)
+    net = nn.sequential(*start, body=body, **end, after=nn.linear(2))  # before it in the alphabet
     params, _ = net.init(0, (4,))
     x = np.random.default_rng(0).normal(size=(3, 4))
     y, cache = net.forward(nn.training(params, 1), x)
@@ -1264,8 +1407,9 @@ def test_residual_adds_and_refuses_what_cannot_be_added():
         ValueError, match=r"residual: the branch gives \(3,\), but the shortcut \(4,\)"
     ):
         nn.residual(nn.linear(3)).init(0, (4,))
-    with pytest.raises(ValueError, match=r"residual: the branch gives \(2, 1\), but the shortcut"):
-        nn.residual(nn.linear(1)).forward({"branch": {"W": np.ones((4, 1))}}, x)
+    for size in (1, 5):
+        with pytest.raises(ValueError, match=rf"residual: the branch gives \(2, {size}\), but the"):
+            nn.residual(nn.linear(size)).forward({"branch": {"W": np.ones((4, size))}}, x)
     assert nn.residual(nn.relu()).init(0, (4,)) == ({}, (4,))
 
 
@@ -1299,6 +1443,11 @@ def test_a_users_array_of_uint32_is_no_key_array():
     array = np.array([1, 0], np.uint32)
     np.testing.assert_array_equal(nn.uniform(1.0)(array, (4,)), nn.uniform(1.0)((1, 0), (4,)))
     assert list(nn.training({}, array)["key"]) == [0x6B657973, 2, 1, 1, 1, 0]
+    beyond = np.array([0xFFFFFFFF], np.uint32)
+    assert list(nn.training({}, beyond)["key"]) == [0x6B657973, 1, 1, 0xFFFFFFFF]
+    for kind in (np.int64, np.uint64):
+        numbers = np.array([0x6B657973, 1, 1, 5], kind)
+        assert nn.fold_key(numbers, 0).tolist() == nn.fold_key(numbers.tolist(), 0).tolist()
 
 
 def test_bad_keys_are_refused():
@@ -1308,11 +1457,19 @@ def test_bad_keys_are_refused():
     for bad in (1.5, True, None, "1", (1, 2.0), np.ones(2), {}, np.ones((2, 2), int)):
         with pytest.raises(TypeError, match="key: every number must be a whole number"):
             nn.training({}, bad)
+    for bad in (np.array(3), np.ones((2, 2), int)):
+        with pytest.raises(
+            TypeError, match="must be a whole number, got ndarray of int64 and shape"
+        ):
+            nn.training({}, bad)
     for bad in ((), [], np.array([], int)):
         with pytest.raises(ValueError, match="key: .* got an empty one"):
             nn.fold_key(bad, 0)
     with pytest.raises(ValueError, match="fold_key: index must be at least 0"):
         nn.fold_key(0, -1)
+    for bad in (2**32, 2**32 + 1):
+        with pytest.raises(ValueError, match="fold_key: index must be below"):
+            nn.fold_key(0, bad)
 
 
 def test_training_adds_a_key_to_a_copy():
@@ -1383,6 +1540,8 @@ def test_pinned_numbers():
     assert nn.uniform(1.0)((1, 2), (3,)).tolist() == numbers
     numbers = [0.7212965488433838, 0.3055172860622406, -1.3887238502502441]
     assert nn.normal(1.0)((1, 2), (3,)).tolist() == numbers
+    rows = nn.orthogonal(1, (2, 2)).tolist()  # LAPACK's last bits may differ
+    assert rows[0] == pytest.approx([0.95063913, 0.31029859], abs=1e-6)
     assert [index.tolist() for index in nn.batches(7, 3, 5)] == [[0, 5, 6], [3, 2, 4], [1]]
     _, cache = nn.dropout(0.5).forward(nn.training({}, 4), np.ones((2, 8)))
     assert (cache["mask"] / 2).tolist() == [[1, 1, 0, 1, 1, 0, 1, 1], [1, 0, 0, 0, 1, 1, 0, 0]]
@@ -1392,6 +1551,27 @@ def test_pinned_numbers():
     line = nn.augment(7, np.arange(49.0).reshape(1, 1, 7, 7), elastic=1.0)[0, 0, 3]
     expected = [16.6624, 23.0149, 29.991, 34.4583, 10.4047, 0.0299, 0.0262]
     np.testing.assert_allclose(line, expected, atol=2e-4)
+    waves = np.sin(np.arange(26 * 29) / 7).reshape(1, 1, 26, 29)
+    line = nn.augment(8, waves, elastic=2.0)[0, 0, 13, ::4]
+    expected = [0.694, 0.6222, -0.3226, -0.0756, 0.0831, -0.7333, -0.4396, 0.0006]
+    np.testing.assert_allclose(line, expected, atol=2e-4)
+
+
+def test_pinned_drawings():
+    """Every way to write every numeral: one pixel of one image may differ by a few units."""
+    images, labels = nn.draw_digits(11, 400, 12)
+    weighted = images.reshape(400, 144) @ np.arange(144)
+    sums = [11444625, 10536898, 20960798, 18467687, 14701519,
+            16970224, 21269627, 9538899, 13163435, 14753364]  # fmt: skip
+    for digit, expected in enumerate(sums):
+        assert int(weighted[labels == digit].sum()) == pytest.approx(expected, abs=400)
+
+
+def test_pinned_drawings_of_many():
+    """As many of one numeral as are drawn in several parts."""
+    images, _ = nn.draw_digits(12, 3000, 8)
+    weighted = images.reshape(3000, 64) @ np.arange(64)
+    assert int(weighted.sum()) == pytest.approx(223_320_645, abs=500)
 
 
 def test_running_statistics_move_by_the_momentum_alone():
@@ -1459,8 +1639,11 @@ def test_malformed_trees_are_refused():
         with pytest.raises(ValueError, match="is malformed or clashes"):
             nn.tree_unflatten(bad)
     assert nn.tree_flatten(nn.tree_unflatten({"a/" * 100 + "b": 1})) == {"a/" * 100 + "b": 1}
-    with pytest.raises(ValueError, match=r"'a/a/.*'\.\.\. is nested deeper than 100"):
-        nn.tree_unflatten({"a/" * 101 + "b": 1})
+    path = "a/" * 101 + "b"
+    with pytest.raises(ValueError, match=f"'{path[:50]}'\\.\\.\\. is nested deeper than 100"):
+        nn.tree_unflatten({path: 1})
+    with pytest.raises(ValueError, match="name 'a/b/c' is malformed or clashes"):
+        nn.tree_unflatten({"a": np.ones(1), "a/b/c": 2})
     for function in (nn.tree_flatten, nn.tree_unflatten):
         with pytest.raises(TypeError, match="must be a dict, got list"):
             function([])
@@ -1476,6 +1659,7 @@ def test_tree_map_applies_leaf_by_leaf(tree):
     for path, leaf in nn.tree_flatten(doubled).items():
         np.testing.assert_array_equal(leaf, 2 * flat[path])
     assert nn.tree_map(lambda a: a + 1, 2) == 3
+    assert list(nn.tree_map(max, {"b": 1, "a": 2}, {"a": 3, "b": 4})) == ["b", "a"]
 
 
 def test_tree_map_refuses_trees_that_differ():
@@ -1483,6 +1667,9 @@ def test_tree_map_refuses_trees_that_differ():
         for pair in ((one, other), (other, one)):
             with pytest.raises(ValueError, match="tree_map: trees differ"):
                 nn.tree_map(lambda a, b: a, *pair)
+    for others in ([{"b": 1}], [{"a": 2}, {"b": 1}]):
+        with pytest.raises(ValueError, match=r"trees differ, \['a'\] here and \['b'\] there$"):
+            nn.tree_map(max, {"a": 1}, *others)
     with pytest.raises(TypeError, match="at least one tree"):
         nn.tree_map(abs)
 
@@ -1523,8 +1710,11 @@ def test_norms_and_clipping(seed, limit):
         np.testing.assert_allclose(leaf, original * scale, rtol=1e-6)
         assert leaf.dtype == original.dtype
     assert nn.global_norm({}) == nn.global_norm({"a": np.zeros(3)}) == 0
-    big = {"a": np.full(4, 1e30, np.float32)}
+    big, small = {"a": np.full(4, 1e30, np.float32)}, {"a": np.full(4, 1e-200)}
     assert nn.global_norm(big) == pytest.approx(2e30)
+    assert nn.global_norm(small) == pytest.approx(2e-200, rel=1e-9, abs=0)
+    assert math.copysign(1, nn.global_norm({})) == 1
+    assert nn.clip_gradients(small, nn.global_norm(small)) is small
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1605,6 +1795,14 @@ def test_class_losses_are_their_formulas(name, count, classes, seed, soft, dtype
     np.testing.assert_allclose(gradient, numeric, rtol=2e-3, atol=1e-5)
     if not soft:
         assert loss(prediction, rows(labels, classes))[0] == pytest.approx(value)
+
+
+def test_a_thousandth_beyond_0_and_1_counts_as_rounding():
+    for p in ([1 + 1e-3, -1e-3], [1.0005, -0.0005]):
+        assert nn.cross_entropy(np.array([p]), np.array([0]))[0] == pytest.approx(-math.log(p[0]))
+    for p in ([1.0011, 0.0], [1.0, -0.0011]):
+        with pytest.raises(ValueError, match="probabilities must be from 0 to 1"):
+            nn.cross_entropy(np.array([p]), np.array([0]))
 
 
 @given(count=st.integers(1, 4), classes=st.integers(1, 4), seed=st.integers(0, 10**6),
@@ -1887,6 +2085,10 @@ def test_optimisers_keep_the_dtype_of_params(name):
     assert {leaf.dtype for leaf in nn.tree_flatten(moved).values()} == {np.dtype(np.float32)}
     expected, _ = optimizer.step(params, some_params(2, np.float32), optimizer.init(params))
     assert all_bytes(moved) == all_bytes(expected)
+    params = some_params(1, np.float64)
+    _, state = optimizer.step(params, params, optimizer.init(some_params(1, np.float32)))
+    floats = [leaf for leaf in nn.tree_flatten(state).values() if leaf.dtype.kind == "f"]
+    assert {leaf.dtype for leaf in floats} == {np.dtype(np.float64)}
 
 
 @every_optimiser
@@ -1906,13 +2108,18 @@ def test_optimisers_refuse_what_is_not_theirs(name):
             optimizer.init(bad)
     with pytest.raises(ValueError, match=f"{where}: grads have an entry 'a/x' that params lack"):
         optimizer.step(params, {"a": {"x": params["e"]}}, state)
-    with pytest.raises(ValueError, match=rf"{where}: e: grads have shape \(1, 2, 3\), but params"):
-        optimizer.step(params, {"e": np.ones((1, 2, 3))}, state)
+    for shape in ((1, 2, 3), (1, 2, 1)):
+        with pytest.raises(ValueError, match=rf"{where}: e: grads have shape .*{shape[-1]}\), but"):
+            optimizer.step(params, {"e": np.ones(shape)}, state)
     for bad in (None, [1.0], np.ones((1, 2, 2), int)):
         with pytest.raises(TypeError, match=f"{where}: e: grads must be"):
             optimizer.step(params, {"e": bad}, state)
     with pytest.raises(TypeError, match=f"{where}: e: params must be"):
         optimizer.step({**params, "e": np.ones((1, 2, 2), int)}, grads, state)
+    with pytest.raises(TypeError, match=f"{where}: e: grads must be a NumPy array, got dict"):
+        optimizer.step(params, {"e": {}}, state)
+    with pytest.raises(TypeError, match=f"{where}: e: params must be a NumPy array, got dict"):
+        optimizer.step({**params, "e": {}}, {"e": params["e"]}, state)
     others = [nn.sgd(0.1), nn.sgd(0.1, 0.9), nn.adam(), nn.rmsprop(), nn.adagrad(), nn.adadelta()]
     for other in others:
         if other.init(params).keys() != state.keys():
@@ -1923,13 +2130,25 @@ def test_optimisers_refuse_what_is_not_theirs(name):
             optimizer.step(params, grads, {**state, quantity: np.ones(3)})
         with pytest.raises(ValueError, match=f"{where}: the state has no {quantity} of c/d"):
             optimizer.step(params, grads, {**state, quantity: {**state[quantity], "c": {"d": 1}}})
-        for bad in ({}, None, np.ones(7)):
+        for bad in ({}, None, np.ones(7), np.ones((1, 1)), np.array(None)):
             with pytest.raises(ValueError, match=f"the state has no {quantity} of e and of its"):
                 optimizer.step(params, grads, {**state, quantity: {**state[quantity], "e": bad}})
+    for bad in ({"step": np.array(-1)}, {"scale": np.array(-0.1)}, {"scale": np.array(1.1)}):
+        with pytest.raises(ValueError, match=rf"{where}: {next(iter(bad))} in the state must be"):
+            optimizer.step(params, grads, {**state, **bad})
     for rate in (math.nan, math.inf, -0.1):
         broken = constructor(lambda step, rate=rate: rate, **options)
         with pytest.raises(ValueError, match=f"{where}: lr at step 0 must be >= 0, got {rate}"):
             broken.step(params, grads, state)
+
+
+def test_glibc_is_asked_to_keep_freed_memory(monkeypatch):
+    asked = []
+    library = types.SimpleNamespace(mallopt=lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr("ctypes.CDLL", lambda name: library)
+    nn.sgd(0.1).init({})
+    trim_threshold, mmap_threshold = -1, -3  # M_... in malloc.h
+    assert asked == [(trim_threshold, 2**31 - 1), (mmap_threshold, 2**25)]
 
 
 SCHEDULES = {  # name: (schedule, formula)
@@ -2191,6 +2410,7 @@ def test_numbers_among_the_params_are_checked_too():
         (MissingFactor, (3, 3), r"grads/W\[0, 0\] is .* by backward, but .* by central"),
         (Transposed, (3, 3), r"grads/W\[0, 1\] is"),
         (Transposed, (2, 3), r"grads/W has shape \(3, 2\), but what it is .* has \(2, 3\)"),
+        (Transposed, (3, 2), r"grads/W has shape \(2, 3\), but what it is .* has \(3, 2\)"),
         (ZeroBias, (3, 3), r"grads/b\[0\] is 0 by backward"),
         (ForgottenBias, (3, 3), r"grads/b\[0\] is 0 by backward"),
         (WrongForX, (3, 3), r"dx\[0, 0\] is"),
@@ -2324,6 +2544,74 @@ def test_one_wrong_entry_among_100_000_is_found_and_named(row, column):
         nn.check_gradients(Wrong(), params, x)
 
 
+def elementwise(function, slope):
+    """A layer without params that computes each entry by itself."""
+    return types.SimpleNamespace(
+        forward=lambda params, x: (function(x), x),
+        backward=lambda params, x, dy: (dy * slope(x), {}),
+    )
+
+
+@pytest.mark.parametrize("smaller", [0.5, -0.5])
+def test_the_larger_of_two_wrong_entries_is_found_whatever_the_other(smaller):
+    errors = np.zeros((1, 20_000))
+    layer = elementwise(lambda x: x, lambda x: 1)
+    layer.backward = lambda params, x, dy: (dy + errors, {})
+    nn.check_gradients(layer, {}, np.ones_like(errors))
+    errors[0, 10], errors[0, 19_000] = smaller, 1
+    with pytest.raises(AssertionError, match=r"dx\[0, 19000\] is"):
+        nn.check_gradients(layer, {}, np.ones_like(errors))
+
+
+def test_the_search_for_a_wrong_entry_takes_small_steps():
+    x = np.random.default_rng(0).normal(size=(1, 20_000))
+    x[0, 12_345] = 1
+    factor = np.ones_like(x)
+    layer = elementwise(lambda x: x**3, lambda x: 3 * x * x * factor)
+    nn.check_gradients(layer, {}, x)
+    factor[0, 12_345] = 1.01
+    with pytest.raises(AssertionError, match=r"dx\[0, 12345\] is"):
+        nn.check_gradients(layer, {}, x)
+
+
+def test_large_numbers_are_no_excuse_and_no_offence():
+    for x in (np.full((1, 3), 1e6), np.full((1, 3), -1e6)):
+        with pytest.raises(AssertionError, match=r"dx\[0, 0\] is"):
+            nn.check_gradients(elementwise(lambda x: 2 * x, lambda x: 2.002), {}, x)
+    x = np.random.default_rng(0).normal(size=(5, 5))
+    nn.check_gradients(elementwise(lambda x: x + 1e8, lambda x: 1), {}, x)
+
+
+def test_the_slope_at_a_kink_lies_between_those_of_its_sides():
+    def kinked(slope_at_0, slope_elsewhere=3):
+        slope = lambda x: np.where(x > 0, slope_elsewhere, np.where(x < 0, 1, slope_at_0))  # noqa: E731
+        return elementwise(lambda x: np.where(x > 0, 3 * x, x), slope)
+
+    x = np.array([[0.0, 1.0, -1.0]])
+    for right in (1, 1.5, 2, 3):
+        nn.check_gradients(kinked(right), {}, x)
+    for wrong in (0.5, 0.99, 3.01, 4):
+        with pytest.raises(AssertionError, match=r"dx\[0, 0\] is"):
+            nn.check_gradients(kinked(wrong), {}, x)
+    with pytest.raises(AssertionError, match=r"dx\[0, 1\] is"):  # what comes after it is checked
+        nn.check_gradients(kinked(1.5, 3.01), {}, x)
+
+
+def test_params_that_are_no_floats_reach_a_layer_as_they_are():
+    mask = np.array([True, False])
+    layer = types.SimpleNamespace(
+        forward=lambda params, x: (np.where(params["mask"], x, 0), params["mask"]),
+        backward=lambda params, mask, dy: (dy * mask, {}),
+    )
+    nn.check_gradients(layer, {"mask": mask}, np.ones((3, 2)))
+    layer.forward = lambda params, x: (x[:, params["mask"]], params["mask"])
+    layer.backward = lambda params, mask, dy: (np.insert(dy, [1], 0, axis=1), {})
+    nn.check_gradients(layer, {"mask": mask}, np.ones((3, 2)))
+    layer.forward = lambda params, x: (x + 0j, x)
+    with pytest.raises(AssertionError, match="y must be float64 like x, got ndarray of complex128"):
+        nn.check_gradients(layer, {}, np.ones((3, 2)))
+
+
 def test_one_wrong_entry_of_dx_is_found():
     class Wrong(Stranger):
         def dx(self, W, dy):
@@ -2409,7 +2697,9 @@ def test_accuracy_is_the_share_of_right_ones():
     assert type(nn.accuracy(logits, np.array([1, 0, 1], np.uint8))) is float
     spoiled = np.array([[math.nan, 0, 1], [3, math.nan, 1], [0, 0, -1], [-1, math.inf, 0]])
     assert nn.accuracy(spoiled, np.array([0, 1, 0, 1])) == 1 / 2
-    assert nn.accuracy(spoiled, np.array([2, 0, 1, 1])) == 1 / 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert nn.accuracy(spoiled, np.array([2, 0, 1, 1])) == 1 / 4
 
 
 @given(data=st.data())
@@ -2435,11 +2725,16 @@ def test_value_and_grad_takes_a_stranger():
     y = x @ params["W"] + params["b"]
     assert loss == pytest.approx((y**2).mean())
     np.testing.assert_allclose(grads["W"], x.T @ (2 * y / y.size))
+    in_parts = nn.data_parallel(nn.value_and_grad(Stranger(), nn.mean_squared_error), 2)
+    loss, grads, statistics = in_parts(params, x, np.zeros((4, 3)))
+    assert loss == pytest.approx((y**2).mean())
+    np.testing.assert_allclose(grads["W"], x.T @ (2 * y / y.size))
+    assert statistics == {}
 
 
 def parallel_case(batch, norm=False, seed=0):
     layers = [nn.conv2d(3, 3), *([nn.batch_norm()] if norm else []), nn.relu(), nn.flatten()]
-    net = nn.sequential(*layers, nn.dropout(0.5), block=nn.sequential(nn.linear(4)))
+    net = nn.sequential(*layers, nn.dropout(0.5), top=nn.sequential(nn.linear(4)))
     params, _ = net.init(seed, (1, 6, 6))
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(batch, 1, 6, 6))
@@ -2508,17 +2803,23 @@ def test_a_single_layer_is_a_network_too():
 def test_data_parallel_refuses_what_its_function_would_refuse():
     net, params, x, labels = parallel_case(4)
     in_parts = nn.data_parallel(nn.value_and_grad(net, nn.softmax_cross_entropy), 2)
-    with pytest.raises(ValueError, match="data_parallel: x has 4 samples, but target 3"):
-        in_parts(params, x, labels[:3])
+    net, params, many, labels_of_many = parallel_case(300)
+    assert math.isfinite(in_parts(params, many, labels_of_many)[0])
+    for count in (3, 5):
+        with pytest.raises(ValueError, match=f"data_parallel: x has 4 samples, but target {count}"):
+            in_parts(params, x, np.zeros(count, int))
     with pytest.raises(TypeError, match="data_parallel: params must be a dict, got NoneType"):
         in_parts(None, x, labels)
     with pytest.raises(ValueError, match="logits must not be empty"):
         in_parts(params, x[:0], labels[:0])
-    loses = nn.data_parallel(
-        nn.value_and_grad(net, nn.softmax_cross_entropy), 2, lambda f, parts: [f(parts[0])]
-    )
-    with pytest.raises(ValueError, match="data_parallel: map gave 1 results of 2 parts"):
-        loses(params, x, labels)
+    for count in (1, 3):
+        odd = nn.data_parallel(
+            nn.value_and_grad(net, nn.softmax_cross_entropy),
+            2,
+            lambda f, parts, count=count: [f(parts[0])] * count,
+        )
+        with pytest.raises(ValueError, match=f"data_parallel: map gave {count} results of 2 parts"):
+            odd(params, x, labels)
 
 
 def test_a_network_learns():
@@ -2761,6 +3062,15 @@ def test_what_an_image_undergoes_is_drawn_independently():
     size, ratio = rr * cc - rc**2, (rr + cc + root) / (rr + cc - root)
     together = np.corrcoef([rows, columns, angle, np.log(size), np.log(ratio)])
     assert np.abs(together - np.eye(5)).max() < 0.15
+
+
+@pytest.mark.parametrize("length", [1, 6, 7, 8, 13, 28, 41, 64])
+def test_splines_add_up_to_one_and_look_the_same_from_both_ends(length):
+    splines = nn._spline(length, 4 + length // 7)
+    np.testing.assert_allclose(splines.sum(axis=1), 1)
+    assert (splines >= 0).all()
+    if length > 1:
+        np.testing.assert_allclose(splines, splines[::-1, ::-1], atol=1e-12)
 
 
 def test_elastic_displacements_are_smooth_and_have_the_deviation_asked_for():
@@ -3181,6 +3491,7 @@ MISUSE: dict[
         (ValueError, "conv2d: stride must be at least 1", (4, 3, 0)),
         (ValueError, "conv2d: padding must be at least 0", (4, 3, 1, -1)),
         (ValueError, "conv2d: padding must be numbers or 'same', got 'valid'", (4, 3, 1, "valid")),
+        (ValueError, "conv2d: padding must be numbers or 'same', got 'full'", (4, 3, 1, "full")),
         (ValueError, "conv2d: padding 'same' goes with stride 1, got 2", (4, 3, 2, "same")),
         (ValueError, "conv2d: dilation must be at least 1", (4, 3, 1, 0, 0)),
         (ValueError, "conv2d: groups must be at least 1", (4, 3, 1, 0, 1, 0)),
@@ -3210,6 +3521,7 @@ MISUSE: dict[
         (TypeError, "images must be float32 or float64", (0, np.ones((1, 1, 2, 2), np.uint8))),
         (ValueError, r"images must be \(N, C, H, W\), got shape \(2, 3\)", (0, Z)),
         (ValueError, r"images must be \(N, C, H, W\)", (0, np.ones((1, 1, 2, 0)))),
+        (ValueError, r"images must be \(N, C, H, W\)", (0, np.ones((1, 0, 2, 2)))),
         (ValueError, "shift must be >= 0", (0, np.ones((1, 1, 2, 2)), -1)),
         (ValueError, "shift", (0, np.ones((1, 1, 2, 2)), math.inf)),
         (ValueError, "rotation must be >= 0 and <= 180", (0, np.ones((1, 1, 2, 2)), 1, 181)),
@@ -3239,6 +3551,10 @@ MISUSE: dict[
     "softmax_cross_entropy": [
         (ValueError, "smoothing must be >= 0 and < 1", (Z, LABELS, 1.0)),
         (ValueError, "smoothing", (Z, LABELS, -0.1)),
+        (ValueError, r"logits must be \(N, classes\), got shape", (Z[None], LABELS)),
+        (ValueError, r"labels must have shape \(2,\), got", (Z, Z[None])),
+        (ValueError, "target has shape", (Z, np.ones((1, 3)))),
+        (ValueError, "target has shape", (Z, np.ones((3, 3)))),
     ],
     "hinge": [
         (ValueError, "margin must be >= 0", (Z, LABELS, -1)),
@@ -3330,6 +3646,7 @@ MISUSE: dict[
         (ValueError, "expected an optimiser's state", ({}, 1)),
         (ValueError, "expected an optimiser's state", (None, 1)),
         (TypeError, "loss must be a number", (nn.adam().init({}), "1")),
+        (ValueError, "scale in the state must be", ({"scale": np.array(-0.5)}, 1)),
         (TypeError, "loss must be a number", (nn.adam().init({}), True)),
         (ValueError, "factor", (nn.adam().init({}), 1, 2)),
         (ValueError, "patience", (nn.adam().init({}), 1, 0.5, -1)),
@@ -3404,6 +3721,7 @@ for name in ("binary_cross_entropy", "mean_squared_error", "mean_absolute_error"
         (TypeError, "target must be an array of numbers, got list", (Z, [[1.0]])),
         (TypeError, "target must be an array of numbers", (Z, Z.astype(object))),
         (ValueError, r"target has shape \(2,\), but the prediction \(2, 3\)", (Z, LABELS)),
+        (ValueError, r"target has shape \(3, 3\), but the prediction", (Z, np.ones((3, 3)))),
         (ValueError, "must not be empty", (Z[:0], Z[:0])),
     ]
 
@@ -4050,6 +4368,19 @@ stored_trees = st.recursive(
 )
 
 
+def test_an_array_of_several_megabytes_comes_back(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, 3_500_000, np.uint8)
+    nn.save(tmp_path / "x.npz", {"a": array})
+    np.testing.assert_array_equal(nn.load(tmp_path / "x.npz")["a"], array)
+
+
+def test_names_may_have_65_000_bytes(tmp_path):
+    nn.save(tmp_path / "x.npz", {"n" * 65_000: np.ones(1)})
+    assert list(nn.load(tmp_path / "x.npz")) == ["n" * 65_000]
+    with pytest.raises(ValueError, match="save: a name must be short"):
+        nn.save(tmp_path / "x.npz", {"n" * 65_001: np.ones(1)})
+
+
 @given(tree=stored_trees)
 def test_load_gives_back_what_was_saved(tmp_path_factory, tree):
     path = tmp_path_factory.mktemp("save") / "any name"
@@ -4203,6 +4534,7 @@ HOSTILE = {
     "another version": [("a.npy", GOOD.replace(b"NUMPY\x01", b"NUMPY\x03"))],
     "no array": [("a.npy", b"")],
     "another file": [("a.txt", GOOD)],
+    "another ending": [("a.abc", GOOD)],
     "no name": [(".npy", GOOD)],
     "a name without ending": [("npy", GOOD)],
     "the same name twice": [("a.npy", GOOD), ("a.npy", GOOD)],
@@ -4475,6 +4807,8 @@ def test_images_of_any_layout_become_channels_first(tmp_path, shape, channels, k
 
 BROKEN_SETS = {
     "images of another size": ({"x_test": digits(4, (5, 5))[0]}, "differ in size"),
+    "smaller images": ({"x_test": digits(4, (3, 5))[0]}, "differ in size"),
+    "films": ({"x_train": np.zeros((6, 1, 4, 5, 2), np.uint8)}, "images must be"),
     "fewer labels": ({"y_train": digits(5)[1]}, r"y_train: labels must have shape \(6,\)"),
     "more labels": ({"y_test": digits(5)[1]}, r"y_test: labels must have shape \(4,\)"),
     "a class never trained": (
@@ -5123,6 +5457,9 @@ def test_read_idx_believes_no_claim_that_its_size_cannot_justify(tmp_path, pack,
     has = f"needs {limit} bytes, but it has {len(content)} or more"
     assert said_of_claim(limit) == f"shape ({limit},) {has}"
     assert said_of_claim(limit + 1) == f"an array of shape ({limit + 1},) does not fit in it"
+    numbers = limit // 8 + 1
+    path.write_bytes(pack(struct.pack(">4BI", 0, 0, 14, 1, numbers) + content))
+    assert said_of(nn.read_idx, path) == f"an array of shape ({numbers},) does not fit in it"
 
 
 def test_a_packed_idx_file_takes_no_more_memory_than_it_has_data(tmp_path):
@@ -5377,11 +5714,15 @@ def test_pixels_beyond_float32_are_refused_without_a_warning(tmp_path):
 def test_labels_in_a_table_are_refused(tmp_path):
     with pytest.raises(ValueError, match="labels must have shape"):
         data_of(tmp_path, y_train=np.zeros((2, 3), np.int64))
+    with pytest.raises(ValueError, match="labels must have shape"):
+        data_of(tmp_path, y_train=np.zeros((6, 2), np.int64))
 
 
 def test_labels_beyond_int64_are_refused(tmp_path):
     with pytest.raises(ValueError, match="labels must be"):
         data_of(tmp_path, y_train=np.full(6, 2**64 - 1, np.uint64))
+    with pytest.raises(ValueError, match="labels must be from 0 to 2147483647"):
+        data_of(tmp_path, y_train=np.full(6, 2**31, np.int64))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -5715,6 +6056,19 @@ def test_bytes_that_trickle_in_are_given_up_in_time(monkeypatch, serve, two_file
     with pytest.raises((OSError, ValueError)):
         nn._fetch(server.url, "large.gz", 2)
     assert len(sent) < 200
+
+
+def test_verify_unpacks_no_more_than_the_file_and_looks_far_back(two_files, monkeypatch):
+    bomb = gzip.compress(bytes(30_000_000))
+
+    def refused():
+        with pytest.raises(ValueError, match="cut off or too long"):
+            nn._verify("small.gz", bomb)
+
+    assert peak_memory(refused) < 10**6
+    far = np.random.default_rng(0).bytes(25_000) * 2
+    monkeypatch.setattr(nn, "_MNIST_FILES", {"far": (50_000, hashlib.sha256(far).hexdigest())})
+    nn._verify("far", gzip.compress(far))
 
 
 @pytest.mark.parametrize("pack", ["whole", "cut", "crc"])
