@@ -7749,27 +7749,30 @@ def test_mpi_without_mpi4py_says_what_to_install(blob_file, monkeypatch, capsys)
         ("train_cnn.py", [], {"OPENBLAS_NUM_THREADS": "2"}, 2),
     ],
 )
-def test_each_worker_has_one_thread_of_blas(script, options, environment, threads):
+def test_each_worker_has_one_thread_of_blas(script, options, environment, threads, blob_file):
     code = (
-        "import sys, os; sys.argv = sys.argv[1:]; import train_mlp; import numpy as np;"
-        "np.ones((300, 300)) @ np.ones((300, 300));"
-        "print([os.environ.get(name) for name in train_mlp.BLAS_THREADS]);"
+        "import contextlib, os, runpy, sys; sys.argv = sys.argv[1:]\n"
+        "with contextlib.suppress(SystemExit): runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "import train_mlp; print([os.environ.get(name) for name in train_mlp.BLAS_THREADS])\n"
         "print(len(os.listdir('/proc/self/task')) if os.path.exists('/proc/self/task') else 0)"
     )
     inherited = {n: v for n, v in os.environ.items() if n not in train_mlp.BLAS_THREADS}
+    quick = ["--data", blob_file, "--epochs", "0", "--hidden", "4"]
     done = subprocess.run(
-        [sys.executable, "-c", code, script, *options],
-        env={**inherited, **environment},
+        [sys.executable, "-c", code, script, *quick, *options],
+        env={**inherited, **environment, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
         check=True,
     )
-    set_to, running = done.stdout.splitlines()
+    *_, said, last, set_to, running = done.stdout.splitlines()
+    assert said.endswith(f"threads of BLAS: {threads or 'all cores'}")
+    assert LAST_LINE.fullmatch(last)
     expected = list(environment.values()) or [str(threads)] * 4 * (threads is not None)
     assert [value for value in ast.literal_eval(set_to) if value] == expected
     if threads == 1:
-        assert int(running) <= 1  # those of BLAS would have been started by now
+        assert int(running) <= 1  # those of BLAS were started with NumPy
 
 
 def mpiexec(ranks, *arguments, **options):

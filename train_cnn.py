@@ -13,8 +13,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+import train_mlp  # isort: skip (before NumPy is imported, it sees to the threads of BLAS)
 import purenn as nn
-import train_mlp
 from train_mlp import ACTIVATIONS, Experiment, count, initialiser, outputs
 
 POOLS = {"max": nn.max_pool2d, "average": nn.avg_pool2d}
