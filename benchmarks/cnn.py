@@ -57,7 +57,7 @@ LEVERS = {  # the same step with other settings, for --levers
     "skylakex": "OPENBLAS_CORETYPE=SkylakeX",
 }
 SETTINGS = {
-    "workers": {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+    "workers": {"OPENBLAS_NUM_THREADS": "1"},
     "single": {"OPENBLAS_NUM_THREADS": "1"},
     "haswell": {"OPENBLAS_CORETYPE": "Haswell"},
     "skylakex": {"OPENBLAS_CORETYPE": "SkylakeX"},
