@@ -2482,7 +2482,8 @@ def test_a_layer_on_whole_numbers_is_checked_for_its_params():
         return None, {"table": gradient}
 
     lookup = nn.Layer(nn.identity_init, forward, backward)
-    nn.check_gradients(lookup, {"table": np.ones((5, 3))}, np.array([0, 3, 3]))
+    params = {"table": np.ones((5, 3)), "known": np.array([True, False])}  # nothing is moved of it
+    nn.check_gradients(lookup, params, np.array([0, 3, 3]))
 
 
 def test_a_real_network_is_checked():
@@ -3224,6 +3225,23 @@ def test_batch_norm_in_float32_normalises_numbers_whose_squares_are_too_large(sh
     assert set(nn.tree_flatten(kinds).values()) == {y.dtype, dx.dtype} == {np.dtype(np.float32)}
     assert np.isfinite(dx).all()
     np.testing.assert_allclose(grads["gamma"], grads_expected["gamma"], rtol=1e-4)
+
+
+@pytest.mark.usefixtures("no_warnings")
+def test_what_overflows_is_inf_without_a_warning_also_in_a_users_layer_and_loss():
+    huge = np.array([[3e38, -3e38], [0, 0]], np.float32)
+    labels = np.array([0, 0])
+    assert nn.softmax_cross_entropy(huge, labels)[0] == pytest.approx(math.log(2) / 2)
+    assert nn.hinge(huge, np.array([1, 1]))[0] == math.inf
+    assert nn.tree_add({"a": huge}, {"a": huge})["a"][0, 0] == math.inf
+    ten_times = nn.Layer(
+        nn.identity_init, lambda params, x: (x * 10, x), lambda params, cache, dy: (dy * 10, {})
+    )
+    net = nn.sequential(ten_times)
+    y, cache = net.forward({}, huge)
+    assert y[0, 0] == net.backward({}, cache, huge)[0][0, 0] == math.inf
+    gradients = nn.value_and_grad(ten_times, lambda y, target: ((y * y).sum(), y * 10))
+    assert gradients({}, huge, labels)[0] == math.inf
 
 
 @every_optimiser
@@ -6005,6 +6023,16 @@ def test_patience_is_for_the_first_answer_and_the_timeout_for_the_rest(
         ("m", "small.gz", 10.0, None),
         ("m", "large.gz", 10.0, None),
     ]
+
+
+def test_patience_ends_where_no_timeout_reaches(tmp_path, monkeypatch):
+    released = threading.Event()
+    monkeypatch.setattr(nn, "_fetch", lambda *arguments: released.wait(5))  # as looking up a name
+    started = time.monotonic()
+    with pytest.raises(OSError, match=r"none of 2 mirrors answered within 0\.1 s: all were silent"):
+        nn.download_mnist(tmp_path, ["a", "b"], patience=0.1)
+    assert time.monotonic() - started < 1
+    released.set()
 
 
 def test_files_that_are_there_are_kept_and_nothing_is_fetched_again(tmp_path, serve, two_files):
