@@ -1040,13 +1040,11 @@ def output_of(images: np.ndarray, *, net: nn.Layer, params: nn.Tree) -> np.ndarr
     return net.forward(params, images)[0]
 
 
-def predict(
-    net: nn.Layer, params: nn.Tree, images: np.ndarray, team: Team | None = None
-) -> np.ndarray:
+def predict(net: nn.Layer, params: nn.Tree, images: np.ndarray, team: Team = Team()) -> np.ndarray:
     """The output at inference, computed 250 images at a time."""
     parts = [images[start : start + 250] for start in range(0, len(images), 250)]
     forward = partial(output_of, net=net, params=params)
-    return np.concatenate(map_all(team or Team(), forward, parts))
+    return np.concatenate(map_all(team, forward, parts))
 
 
 def layers_of(net: nn.Layer) -> dict[str, nn.Layer]:

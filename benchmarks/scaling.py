@@ -256,8 +256,8 @@ def main() -> None:
         workers[engine] = Worker(__file__, engine, environment, before)
     times = take_turns(workers, repeats, rounds)
     one = {"one": workers["one"]}
-    locals_ = {f"{kind} {count}": max(256 // count, 2) for kind in ESTIMATED for count in LOCAL}
-    times |= take_turns(one, locals_, max(rounds // 3, 1))
+    by_images = {f"{kind} {count}": max(256 // count, 2) for kind in ESTIMATED for count in LOCAL}
+    times |= take_turns(one, by_images, max(rounds // 3, 1))
     sizes = {kind: message(f"{kind} 128") for kind in ESTIMATED}
     added = {}
     if launcher:
