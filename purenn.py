@@ -23,13 +23,10 @@ Copy this file into your project; it needs NumPy (1.26 or newer) and nothing els
 from __future__ import annotations
 
 import contextlib
-import gzip
 import itertools
 import math
 import os
 import re
-import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import WRAPPER_ASSIGNMENTS, partial, wraps
@@ -47,31 +44,18 @@ __all__ = [
     "clip_gradients",
     # keys
     "fold_key", "training",
-    # initialisers
+    # initializers
     "zeros", "constant", "normal", "uniform", "xavier_normal", "xavier_uniform", "he_normal",
     "he_uniform", "orthogonal",
     # layers
-    "Layer", "linear_init", "linear_forward", "linear_backward", "linear", "identity_init",
-    "identity_forward", "identity_backward", "identity", "flatten_init", "flatten_forward",
-    "flatten_backward", "flatten", "relu_forward", "relu_backward", "relu", "leaky_relu_forward",
-    "leaky_relu_backward", "leaky_relu", "elu_forward", "elu_backward", "elu", "sigmoid_forward",
-    "sigmoid_backward", "sigmoid", "tanh_forward", "tanh_backward", "tanh", "softplus_forward",
-    "softplus_backward", "softplus", "gelu_forward", "gelu_backward", "gelu", "silu_forward",
-    "silu_backward", "silu", "softmax_init", "softmax_forward", "softmax_backward", "softmax",
-    "log_softmax_forward", "log_softmax_backward", "log_softmax", "dropout_forward",
-    "dropout_backward", "dropout", "batch_norm_init", "batch_norm_forward", "batch_norm_backward",
-    "batch_norm", "update_statistics", "layer_norm_init", "layer_norm_forward",
-    "layer_norm_backward", "layer_norm", "conv2d_init", "conv2d_forward", "conv2d_backward",
-    "conv2d", "pool2d_init", "max_pool2d_forward", "max_pool2d_backward", "max_pool2d",
-    "avg_pool2d_forward", "avg_pool2d_backward", "avg_pool2d", "global_avg_pool2d_init",
-    "global_avg_pool2d_forward", "global_avg_pool2d_backward", "global_avg_pool2d",
-    "sequential_init", "sequential_forward",
-    "sequential_backward", "sequential", "residual_init", "residual_forward", "residual_backward",
-    "residual",
+    "Layer", "linear", "identity", "flatten", "relu", "leaky_relu", "elu", "sigmoid", "tanh",
+    "softplus", "gelu", "silu", "softmax", "log_softmax", "dropout", "batch_norm",
+    "update_statistics", "layer_norm", "conv2d", "max_pool2d", "avg_pool2d", "global_avg_pool2d",
+    "sequential", "residual",
     # losses
     "softmax_cross_entropy", "cross_entropy", "hinge", "binary_cross_entropy", "mean_squared_error",
     "mean_absolute_error", "huber", "l2_penalty",
-    # optimisers
+    # optimizers
     "Optimizer", "sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta",
     # schedules
     "step_decay", "multistep", "exponential", "cosine", "cyclic", "one_cycle", "warmup",
@@ -79,11 +63,9 @@ __all__ = [
     # gradient checking
     "check_gradients",
     # training helpers
-    "value_and_grad", "data_parallel", "accuracy", "batches",
-    # data
-    "draw_digits", "augment", "resize",
-    # files and network
-    "replacing", "save", "load", "read_idx", "read_dataset", "MNIST_MIRRORS", "download_mnist",
+    "value_and_grad", "data_parallel", "accuracy", "batches", "augment",
+    # files and memory
+    "replacing", "save", "load", "keep_freed_memory",
 ]
 # fmt: on
 
@@ -673,7 +655,7 @@ def linear_backward(
     return (dy @ W.T if need_dx else None), grads
 
 
-def linear(out: int, init: Initializer = he_normal, bias: bool = True) -> Layer:
+def linear(out: int, *, init: Initializer = he_normal, bias: bool = True) -> Layer:
     """Fully connected layer with `out` units: y = x W + b. Any number of leading axes."""
     out = _check_options("linear", out, init, bias)
     return Layer(
@@ -1127,7 +1109,7 @@ def batch_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tr
     return dx, {"gamma": dgamma, "beta": dbeta}
 
 
-def batch_norm(eps: float = 1e-5) -> Layer:
+def batch_norm(*, eps: float = 1e-5) -> Layer:
     """Normalises each channel over the batch (Ioffe and Szegedy 2015), as PyTorch does.
 
     Its running statistics params["mean"] and params["var"] are moved by `update_statistics`.
@@ -1227,7 +1209,7 @@ def layer_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tr
     return dx, grads
 
 
-def layer_norm(eps: float = 1e-5) -> Layer:
+def layer_norm(*, eps: float = 1e-5) -> Layer:
     """Normalises each sample over its last axis (Ba et al. 2016), as PyTorch does."""
     eps = _eps("layer_norm", eps)
     return Layer(layer_norm_init, partial(layer_norm_forward, eps=eps), layer_norm_backward)
@@ -1560,6 +1542,7 @@ def conv2d_backward(
 def conv2d(
     out: int,
     kernel: int | Pair,
+    *,
     stride: int | Pair = 1,
     padding: int | Pair | str = 0,
     dilation: int | Pair = 1,
@@ -1725,7 +1708,7 @@ def max_pool2d_backward(
 
 
 def max_pool2d(
-    size: int | Pair, stride: int | Pair | None = None, padding: int | Pair = 0
+    size: int | Pair, *, stride: int | Pair | None = None, padding: int | Pair = 0
 ) -> Layer:
     """The maximum of each window, as PyTorch's MaxPool2d. Without `stride` they lie side by side.
 
@@ -1772,7 +1755,7 @@ def avg_pool2d_backward(
 
 
 def avg_pool2d(
-    size: int | Pair, stride: int | Pair | None = None, padding: int | Pair = 0
+    size: int | Pair, *, stride: int | Pair | None = None, padding: int | Pair = 0
 ) -> Layer:
     """The mean of each window, as PyTorch's AvgPool2d. Without `stride` they lie side by side.
 
@@ -2194,23 +2177,8 @@ def _zero_count(array: Array) -> Array:
     return np.zeros((), np.int64)
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed arrays for the next ones.
-
-    By itself it hands large blocks back to the system, and the arrays of every step are then
-    faulted in anew, which can take half its time. Other C libraries are left as they are.
-    """
-    with contextlib.suppress(Exception):  # no such library, or a constant that it does not know
-        import ctypes
-
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: free memory at the end of the heap
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: larger blocks are still mapped on their own
-
-
 def _init_state(params: Tree, *, where: str, remembers: dict[str, Callable]) -> Tree:
     _arrays(where, "params", params)
-    _keep_freed_memory()
     trees = {name: tree_map(zero, params) for name, zero in remembers.items()}
     return {"step": np.zeros((), np.int64), "scale": np.ones(()), **trees}
 
@@ -2980,129 +2948,8 @@ def batches(count: int, size: int, key: Key) -> Iterator[Array]:
 
 
 # ------------------------------------------------------------------------------------------------
-# Data: digits to learn from when there are no others
+# Augmentation
 # ------------------------------------------------------------------------------------------------
-
-
-def _arc(x: float, y: float, width: float, height: float, start: float, end: float) -> Array:
-    """Points on an ellipse around (x, y); angles in degrees, clockwise from the right."""
-    angles = np.radians(np.linspace(start, end, 3 + int(abs(end - start) / 40)))
-    return np.stack([x + width * np.cos(angles), y + height * np.sin(angles)], axis=1)
-
-
-def _line(*points: tuple[float, float]) -> Array:
-    return np.array(points, np.float64)
-
-
-def _numerals() -> list[list[list[Array]]]:
-    """For each numeral the ways to write it, each a list of strokes in a unit box, y downwards."""
-    return [
-        [[_arc(0.5, 0.5, 0.3, 0.45, 0, 360)]],
-        [
-            [_line((0.5, 0.05), (0.5, 0.95))],
-            [_line((0.3, 0.25), (0.52, 0.05), (0.52, 0.95))],
-            [_line((0.3, 0.25), (0.52, 0.05), (0.52, 0.95)), _line((0.3, 0.95), (0.74, 0.95))],
-        ],
-        [
-            [_arc(0.5, 0.3, 0.28, 0.25, 190, 380), _line((0.76, 0.4), (0.2, 0.95), (0.82, 0.95))],
-            [
-                _arc(0.5, 0.3, 0.28, 0.25, 190, 390),
-                _line((0.74, 0.42), (0.3, 0.85)),
-                _arc(0.3, 0.84, 0.12, 0.1, 0, 360),
-                _line((0.3, 0.94), (0.85, 0.93)),
-            ],
-        ],
-        [
-            [_arc(0.45, 0.28, 0.28, 0.23, 200, 450), _arc(0.45, 0.73, 0.32, 0.23, 270, 520)],
-            [_line((0.2, 0.06), (0.76, 0.06), (0.45, 0.4)), _arc(0.4, 0.7, 0.34, 0.28, 270, 510)],
-        ],
-        [
-            [_line((0.62, 0.95), (0.62, 0.05), (0.15, 0.65), (0.85, 0.65))],
-            [_line((0.22, 0.05), (0.2, 0.5), (0.76, 0.5)), _line((0.74, 0.05), (0.7, 0.95))],
-        ],
-        [
-            [_line((0.78, 0.05), (0.3, 0.05), (0.26, 0.46)), _arc(0.5, 0.7, 0.3, 0.28, 225, 500)],
-            [_line((0.3, 0.08), (0.28, 0.42)), _arc(0.47, 0.67, 0.3, 0.28, 230, 510),
-             _line((0.3, 0.08), (0.8, 0.05))],
-        ],
-        [[_arc(0.75, 0.6, 0.52, 0.56, 260, 180), _arc(0.5, 0.7, 0.26, 0.25, 0, 360)]],
-        [
-            [_line((0.18, 0.06), (0.82, 0.06), (0.4, 0.95))],
-            [_line((0.18, 0.06), (0.82, 0.06), (0.4, 0.95)), _line((0.35, 0.5), (0.75, 0.5))],
-        ],
-        [[_arc(0.5, 0.28, 0.23, 0.23, 0, 360), _arc(0.5, 0.73, 0.28, 0.23, 0, 360)]],
-        [
-            [_arc(0.5, 0.3, 0.26, 0.25, 0, 360), _line((0.76, 0.3), (0.7, 0.65), (0.5, 0.95))],
-            [_arc(0.48, 0.3, 0.27, 0.25, 0, 360), _line((0.75, 0.3), (0.74, 0.95))],
-        ],
-    ]  # fmt: skip
-
-
-def _pen_positions(strokes: list[Array], generator: np.random.Generator, count: int) -> Array:
-    """The strokes' segments, differently bent in each of `count` drawings: (count, segments, 4).
-
-    Each row is (x, y) of a segment's two ends, in a box from -1 to 1.
-    """
-    draw = generator.uniform
-    ends = np.concatenate([np.stack([s[:-1], s[1:]], axis=1) for s in strokes])  # (segments, 2, 2)
-    x, y = 2 * ends[..., 0] - 1, 2 * ends[..., 1] - 1
-    one = (count, 1, 1)
-    wave = draw(0, 0.16, one) * np.sin(draw(1, 3, one) * y + draw(0, 2 * np.pi, one))
-    swell = draw(0, 0.16, one) * np.sin(draw(1, 3, one) * x + draw(0, 2 * np.pi, one))
-    x, y = (x + wave) * draw(0.55, 0.95, one), (y + swell) * draw(0.6, 0.85, one)
-    x = x + draw(-0.45, 0.45, one) * y  # slant
-    angle = draw(-0.3, 0.3, one)
-    x, y = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
-    x, y = x + draw(-0.15, 0.15, one), y + draw(-0.15, 0.15, one)
-    return np.stack([x, y], axis=-1).reshape(count, len(ends), 4).astype(np.float32)
-
-
-def _distances(segments: Array, size: int) -> Array:
-    """From every pixel's centre to the nearest of the segments: (count, size, size)."""
-    pixels = ((np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1).astype(np.float32)
-    px, py = pixels[None, None, :], pixels[None, :, None]
-    nearest = np.full((len(segments), size, size), np.inf, np.float32)
-    for x0, y0, x1, y1 in segments.transpose(1, 2, 0)[..., None, None]:
-        dx, dy = x1 - x0, y1 - y0
-        along = ((px - x0) * dx + (py - y0) * dy) / (dx * dx + dy * dy + np.float32(1e-9))
-        np.clip(along, 0, 1, out=along)
-        away = np.square(px - x0 - along * dx)
-        away += np.square(py - y0 - along * dy)
-        np.minimum(nearest, away, out=nearest)
-    return np.sqrt(nearest)
-
-
-def draw_digits(key: Key, count: int, size: int = 28) -> tuple[Array, Array]:
-    """`count` drawings of numerals: images (count, size, size) of uint8, labels (count,).
-
-    Strokes, bent, slanted, turned, scaled, shifted, of random thickness, blur, ink and noise:
-    a stand-in for MNIST where there is no network. The same key gives the same images.
-    """
-    count = _whole("draw_digits", "count", count, 1)
-    size = _whole("draw_digits", "size", size, 8)
-    generator = _generator(key)
-    labels = generator.integers(0, 10, count)
-    images = np.empty((count, size, size), np.uint8)
-    ways = [(digit, way) for digit, written in enumerate(_numerals()) for way in written]
-    pick = generator.random(count)
-    for digit in range(10):
-        strokes = [way for number, way in ways if number == digit]
-        for choice, way in enumerate(strokes):
-            chosen = (labels == digit) & ((pick * len(strokes)).astype(int) == choice)
-            for part in np.array_split(np.flatnonzero(chosen), chosen.sum() // 128 + 1):
-                images[part] = _ink(_pen_positions(way, generator, len(part)), generator, size)
-    return images, labels
-
-
-def _ink(segments: Array, generator: np.random.Generator, size: int) -> Array:
-    one = (len(segments), 1, 1)
-    thickness, blur, ink, noise = (
-        generator.uniform(low, high, one).astype(np.float32)
-        for low, high in ((0.04, 0.15), (0.05, 0.2), (0.6, 1.0), (0.0, 0.15))
-    )
-    image = ink * np.clip((thickness - _distances(segments, size)) / blur + 0.5, 0, 1)
-    image += noise * generator.standard_normal(image.shape, np.float32)
-    return (np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
 def _spline(length: int, knots: int) -> Array:
@@ -3176,34 +3023,8 @@ def augment(
     return _sampled(images, y, x)
 
 
-def _overlaps(length: int, pixels: int) -> Array:
-    """(pixels, length): the share of each old pixel in each of the new ones on the same line."""
-    edges = np.linspace(0, length, pixels + 1)
-    start, end = edges[:-1, None], edges[1:, None]
-    old = np.arange(length)
-    covered = np.minimum(end, old + 1) - np.maximum(start, old)
-    return np.maximum(covered, 0) * (pixels / length)
-
-
-@_quiet
-def resize(images: Array, size: int | Pair) -> Array:
-    """images (N, C, H, W) as (N, C, *size): every new pixel is the mean of the area it covers.
-
-    `size` is an int or a pair (height, width). The mean of an image stays what it is; to a
-    multiple of the size, pixels are repeated. As area interpolation elsewhere (OpenCV's
-    INTER_AREA). ValueError for a size below 1 or images that are not (N, C, H, W).
-    """
-    _check_array("resize", "images", images)
-    if images.ndim != 4 or 0 in images.shape[2:]:
-        raise ValueError(f"resize: images must be (N, C, H, W), got shape {images.shape}")
-    height, width = _pair("resize", "size", size, 1)
-    down = _overlaps(images.shape[2], height).astype(images.dtype)
-    across = _overlaps(images.shape[3], width).astype(images.dtype)
-    return down @ (np.ascontiguousarray(images) @ across.T)
-
-
 # ------------------------------------------------------------------------------------------------
-# Not pure: files and network
+# Not pure: files and memory
 # ------------------------------------------------------------------------------------------------
 
 # Modules that only one of these needs are imported in it: `import purenn` stays quick.
@@ -3284,9 +3105,7 @@ def _open(path: str) -> IO[bytes]:
     return open(path, "rb")
 
 
-def _read_array(
-    file: IO[bytes] | gzip.GzipFile, dtype: np.dtype, shape: Shape, order: Any = "C"
-) -> Array:
+def _read_array(file: IO[bytes], dtype: np.dtype, shape: Shape, order: Any) -> Array:
     """The array that is the rest of a file; takes no more memory than that really has."""
     size = math.prod(shape) * dtype.itemsize
     data = bytearray()
@@ -3324,15 +3143,18 @@ def _read_npy(member: IO[bytes], size: int) -> Array:
     return _read_array(member, dtype, shape, "F" if header[2] == b"True" else "C")
 
 
-_RATIO = 200  # a data set unpacks to so many times its size at most; binary MNIST in float64: 124
+def read_npz(path: str | os.PathLike, *, ratio: float = 1) -> dict[str, Array]:
+    """{name: array} of a .npz file that unpacks to at most `ratio` times its size.
 
-
-def _read_npz(path: str, ratio: int) -> dict[str, Array]:
-    """{name: array} of a .npz file that unpacks to at most `ratio` times its size."""
+    ValueError (with the path) for a damaged, truncated or untrusted file that is not one; no code
+    in it is ever run. FileNotFoundError where there is none.
+    """
     import zipfile
 
+    path = _path("read_npz", path)
+    ratio = _number("read_npz", "ratio", ratio, minimum=1, below=math.inf)
     arrays: dict[str, Array] = {}
-    with _open(path) as file, zipfile.ZipFile(file) as archive:
+    with _blaming(path), _open(path) as file, zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if archive.comment.startswith(b"purenn ") and archive.comment != _digest(archive):
             raise ValueError("its list of contents is damaged")
@@ -3356,257 +3178,21 @@ def load(path: str | os.PathLike) -> Tree:
     run. FileNotFoundError where there is none.
     """
     path = _path("load", path)
+    arrays = read_npz(path)
     with _blaming(path):
-        return tree_unflatten(_read_npz(path, ratio=1))
+        return tree_unflatten(arrays)
 
 
-_IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+def keep_freed_memory() -> None:
+    """Have the C library keep the memory of freed arrays for the next ones (glibc only).
 
-
-def read_idx(path: str | os.PathLike) -> Array:
-    """The array in an IDX file, the format of MNIST; packed with gzip or not.
-
-    ValueError (with the path) for a damaged or truncated file, and for one packed more than 200
-    to 1 and larger than a megabyte.
+    By itself glibc hands large blocks back to the system, and the arrays of every training step
+    are then faulted in anew. Call it once, before training: it holds for the whole process, and
+    does nothing where the C library is another one.
     """
-    path = _path("read_idx", path)
-    with _blaming(path), _open(path) as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        limit = os.path.getsize(path)
-        if packed:  # labels in order are small, but pack more tightly than any images
-            limit = max(_RATIO * limit, 1 << 20)
-        with gzip.open(raw) if packed else raw as file:
-            header = file.read(4)
-            if len(header) < 4 or header[:2] != b"\0\0" or header[2] not in _IDX_TYPES:
-                raise ValueError("it does not start as an IDX file does")
-            dtype, axes = np.dtype(_IDX_TYPES[header[2]]), header[3]
-            shape = tuple(np.frombuffer(file.read(4 * axes), ">u4").tolist())
-            if len(shape) != axes or math.prod(shape) * dtype.itemsize > limit:
-                raise ValueError(f"an array of shape {shape} does not fit in it")
-            return _read_array(file, dtype, shape)
+    with contextlib.suppress(Exception):  # no such library, or a constant that it does not know
+        import ctypes
 
-
-_PARTS = {
-    "x_train": "train-images",
-    "y_train": "train-labels",
-    "x_test": "t10k-images",
-    "y_test": "t10k-labels",
-}
-
-
-def _find_parts(path: str) -> dict[str, Array]:
-    """The four arrays of a data set, as they are in its files."""
-    if os.path.isdir(path):
-        names = sorted(os.listdir(path))
-        found = {
-            part: [name for name in names if name.startswith(start) and "idx" in name]
-            for part, start in _PARTS.items()
-        }
-        if all(found.values()):  # the first one is the one without .gz, if there are both
-            return {part: read_idx(os.path.join(path, files[0])) for part, files in found.items()}
-        archives = [name for name in names if name.endswith(".npz")]
-        if len(archives) != 1:
-            missing = [start for part, start in _PARTS.items() if not found[part]]
-            raise ValueError(
-                f"{path}: expected IDX files train-images-idx3-ubyte[.gz] and so on (missing:"
-                f" {', '.join(missing)}) or one .npz file, found {len(archives)} of these"
-            )
-        path = os.path.join(path, archives[0])
-    with _blaming(path):
-        arrays = _read_npz(path, _RATIO)
-        if not _PARTS.keys() <= arrays.keys():
-            raise ValueError(f"expected {list(_PARTS)}, found {sorted(arrays)}")
-        return {part: arrays[part] for part in _PARTS}
-
-
-@_quiet
-def _as_images(array: Array) -> Array:
-    """(N, H, W), (N, H, W, C) or (N, C, H, W) as float32 (N, C, H, W); whole numbers over 255.
-
-    C is 1, 3 or, with an opacity that is left as it is, 4.
-    """
-    if array.ndim == 3:
-        array = array[:, None]
-    if array.ndim != 4 or 0 in array.shape:
-        raise ValueError(f"images must be (N, H, W), (N, H, W, C) or (N, C, H, W): {array.shape}")
-    if array.shape[1] not in (1, 3) and array.shape[3] in (1, 3, 4):
-        array = array.transpose(0, 3, 1, 2)
-    images = np.ascontiguousarray(array, np.float32)
-    if not np.isfinite(images).all():
-        raise ValueError("images must be finite")
-    return images if array.dtype.kind in "fb" else np.divide(images, np.float32(255), out=images)
-
-
-def read_dataset(path: str | os.PathLike) -> dict[str, Array]:
-    """{"x_train", "y_train", "x_test", "y_test"}: images (N, C, H, W) of float32, labels (N,).
-
-    `path`: a folder with MNIST-style IDX files (.gz or not) or with one Keras-style .npz, or
-    the .npz itself. Whole pixels of 0 ... 255 become 0 ... 1. ValueError (with the path) for
-    files that are missing, damaged or do not fit together.
-    """
-    path = _path("read_dataset", path)
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: there is no such file or folder")
-    parts = _find_parts(path)
-    with _blaming(path):
-        data = {name: _as_images(parts[name]) for name in ("x_train", "x_test")}
-        if data["x_train"].shape[1:] != data["x_test"].shape[1:]:
-            raise ValueError("training and test images differ in size")
-        classes = 2**31  # what is beyond is damage, and might not fit in int64
-        for name in ("y_train", "y_test"):
-            labels = parts[name]
-            if labels.ndim == 2 and labels.shape[1] == 1:
-                labels = labels[:, 0]
-            _check_labels(name, labels, len(data[f"x{name[1:]}"]), classes)
-            data[name] = labels.astype(np.int64)
-            classes = int(data["y_train"].max()) + 1
-    return data
-
-
-MNIST_MIRRORS = (
-    "https://ossci-datasets.s3.amazonaws.com/mnist",
-    "https://storage.googleapis.com/cvdf-datasets/mnist",
-    "http://yann.lecun.com/exdb/mnist",
-)
-
-_MNIST_FILES = {  # name: bytes and SHA-256 of the unpacked file; the smallest first
-    "t10k-labels-idx1-ubyte.gz": (
-        10_008,
-        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-    ),
-    "train-labels-idx1-ubyte.gz": (
-        60_008,
-        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    ),
-    "t10k-images-idx3-ubyte.gz": (
-        7_840_016,
-        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    ),
-    "train-images-idx3-ubyte.gz": (
-        47_040_016,
-        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    ),
-}
-
-Progress = Callable[[str, int, int], None]  # name of the file, bytes so far, bytes in all (or 0)
-
-
-def _verify(name: str, packed: bytes) -> None:
-    """ValueError unless these are the bytes of that file of MNIST."""
-    import hashlib
-
-    size, digest = _MNIST_FILES[name]
-    unpacker = zlib.decompressobj(wbits=31)
-    try:
-        unpacked = unpacker.decompress(packed, size + 1)
-    except zlib.error as error:
-        raise ValueError(f"{name} is damaged: {error}") from None
-    if not unpacker.eof or unpacker.unused_data:
-        raise ValueError(f"{name} is cut off or too long")
-    if hashlib.sha256(unpacked).hexdigest() != digest:
-        raise ValueError(f"{name} has the wrong SHA-256")
-
-
-def _is_whole(directory: str, name: str) -> bool:
-    """Whether that file of MNIST is in the folder, with the right bytes."""
-    with contextlib.suppress(OSError, ValueError), _open(os.path.join(directory, name)) as file:
-        _verify(name, file.read())
-        return True
-    return False
-
-
-def _fetch(mirror: str, name: str, timeout: float, progress: Progress | None = None) -> bytes:
-    """The verified bytes of one file. OSError or ValueError if that fails."""
-    import http.client
-    import urllib.error
-    import urllib.request
-
-    packed = bytearray()
-    deadline = time.monotonic() + 30 * timeout  # however slowly the bytes may trickle in
-    try:
-        with urllib.request.urlopen(f"{mirror}/{name}", timeout=timeout) as response:
-            total = int(response.headers.get("Content-Length") or 0)
-            while chunk := response.read1(1 << 16):
-                packed += chunk
-                if len(packed) > _MNIST_FILES[name][0] + 1024 or time.monotonic() > deadline:
-                    raise OSError(f"{mirror}: {name} is too long or comes too slowly")
-                if progress:
-                    progress(name, len(packed), total)
-    except urllib.error.HTTPError as error:
-        error.close()  # it holds the connection
-        raise
-    except http.client.HTTPException as error:
-        raise OSError(f"{mirror}: {name} broke off: {error!r}") from error
-    _verify(name, bytes(packed))
-    return bytes(packed)
-
-
-def _first_to_answer(mirrors: Sequence[str], patience: float) -> str:
-    """The mirror that is first to give the smallest file; OSError if none does in time.
-
-    They are all asked at once and in threads, because no time-out covers looking up a name.
-    """
-    import queue
-    import threading
-
-    answers: queue.SimpleQueue[tuple[str, Exception | None]] = queue.SimpleQueue()
-
-    def ask(mirror: str) -> None:
-        try:
-            _fetch(mirror, next(iter(_MNIST_FILES)), patience)
-        except Exception as error:
-            answers.put((mirror, error))
-        else:
-            answers.put((mirror, None))
-
-    for mirror in mirrors:
-        threading.Thread(target=ask, args=(mirror,), daemon=True).start()
-    deadline = time.monotonic() + patience
-    reason: Any = "all were silent"
-    with contextlib.suppress(queue.Empty):
-        for _ in mirrors:
-            mirror, error = answers.get(timeout=max(deadline - time.monotonic(), 0.001))
-            if error is None:
-                return mirror
-            reason = error
-    raise OSError(f"none of {len(mirrors)} mirrors answered within {patience:g} s: {reason}")
-
-
-def download_mnist(
-    directory: str | os.PathLike,
-    mirrors: Sequence[str] = MNIST_MIRRORS,
-    patience: float = 2.0,
-    timeout: float = 10.0,
-    progress: Progress | None = None,
-) -> None:
-    """Put the four files of MNIST into `directory`, from the first of the mirrors that has them.
-
-    What is there already and has the right SHA-256 is kept; if that is all, nobody is asked.
-    OSError if no mirror answers within `patience` seconds, or if none gives the right bytes (a
-    mirror may be silent for `timeout` seconds): then nothing half-written is left.
-    """
-    directory = _path("download_mnist", directory)
-    if not isinstance(mirrors, (tuple, list)) or not all(isinstance(m, str) for m in mirrors):
-        raise TypeError("download_mnist: mirrors must be a sequence of addresses")
-    patience = _number("download_mnist", "patience", patience, above=0, below=math.inf)
-    timeout = _number("download_mnist", "timeout", timeout, above=0, below=math.inf)
-    if progress is not None and not callable(progress):
-        raise TypeError(f"download_mnist: progress must be a function, got {_kind(progress)}")
-    missing = [name for name in _MNIST_FILES if not _is_whole(directory, name)]
-    if not missing:
-        return
-    first = _first_to_answer(mirrors, patience)
-    os.makedirs(directory, exist_ok=True)
-    for name in missing:
-        problems = []
-        for mirror in (first, *(other for other in mirrors if other != first)):
-            try:
-                packed = _fetch(mirror, name, timeout, progress)
-                break
-            except (OSError, ValueError) as error:
-                problems.append(f"{mirror}: {error}")
-        else:
-            raise OSError(f"no mirror gives {name}: {'; '.join(problems)}")
-        with replacing(os.path.join(directory, name)) as file:
-            file.write(packed)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: free memory at the end of the heap
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: larger blocks are still mapped on their own
