@@ -32,6 +32,7 @@ from training.options import Options
 from training.team import Team
 
 OUTPUTS = ("model.npz", "run.json", "metrics.csv", "checkpoint.npz")  # in --out
+CHANGEABLE = ("--epochs", "--shards")  # what may be another when a training is resumed
 FORMAT = 1  # of run.json and checkpoint.npz: another number where older ones would be misread
 
 
@@ -156,6 +157,15 @@ def write_run(folder: str, run: Run) -> None:
         file.write(json.dumps(run._asdict(), indent=1).encode())
 
 
+def check_values(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """ValueError if options had other values than now."""
+    for flag in [*after, *(flag for flag in before if flag not in after)]:
+        old, new = before.get(flag), after.get(flag)
+        if old != new:
+            texts = [json.dumps(value) if value is not None else "default" for value in (old, new)]
+            raise ValueError(f"it is of another training: {flag} {texts[0]} then, {texts[1]} now")
+
+
 @contextlib.contextmanager
 def blame_outputs(path: str) -> Iterator[None]:
     """ValueError, with the path, for what --out cannot have written."""
@@ -184,6 +194,22 @@ def read_run(folder: str) -> Run:
         if not isinstance(run.options, dict) or not run.options.keys() >= set(run.chosen):
             raise ValueError("the options that were chosen are not among the options")
     return run
+
+
+def check_same_run(folder: str, run: Run) -> None:
+    """ValueError if the folder holds another run than this one, which has left no checkpoint."""
+    if not os.path.exists(os.path.join(folder, "run.json")):
+        return
+    then = read_run(folder)
+    flags = dict.fromkeys([*then.chosen, *run.chosen])
+    before, after = (
+        {flag: own.options.get(flag) for flag in flags if flag not in CHANGEABLE}
+        for own in (then, run)
+    )
+    try:
+        check_values(before, after)
+    except ValueError as error:
+        raise ValueError(f"{folder}: cannot be resumed: {error}") from None
 
 
 def read_metrics(folder: str) -> list[dict[str, float]]:
@@ -237,12 +263,7 @@ def complete(then: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
 
 def check_fingerprint(then: dict[str, Any], now: dict[str, Any]) -> None:
     """ValueError if something is of other options or data than this."""
-    before, after = then["options"], now["options"]
-    for flag in [*after, *(flag for flag in before if flag not in after)]:
-        old, new = before.get(flag), after.get(flag)
-        if old != new:
-            texts = [json.dumps(value) if value is not None else "default" for value in (old, new)]
-            raise ValueError(f"it is of another training: {flag} {texts[0]} then, {texts[1]} now")
+    check_values(then["options"], now["options"])
     if then["data"] != now["data"]:
         raise ValueError("it is of another training: the data are others")
 
@@ -271,8 +292,8 @@ def describe_changes(then: dict[str, Any], experiment: Experiment) -> list[str]:
     depends = depends_on_epochs(options)
     if before["--epochs"] != options.epochs and depends:
         lines.append(
-            f"{depends} depends on the number of epochs: until here of {before['--epochs']},"
-            f" from here on of {options.epochs}, so this differs from a run of {options.epochs}"
+            f"{depends} depends on the number of epochs, {before['--epochs']} until here and"
+            f" {options.epochs} from here on, so this differs from one run of {options.epochs}"
         )
     return lines
 
@@ -307,16 +328,16 @@ def read_checkpoint(experiment: Experiment, progress: Progress) -> Progress:
 
     ValueError for a file that is damaged, or of a training with other options or data.
     """
-    options, team = experiment.options, experiment.team
+    options = experiment.options
     path = os.path.join(options.out or "", "checkpoint.npz")
     if not os.path.exists(path):
         return progress
     tree = nn.load(path)
     try:
         then = read_about(tree, experiment)
-        changed = {"--shards": team.shards, "--epochs": options.epochs}
-        comparable = {**then, "options": {**then["options"], **changed}}
-        check_fingerprint(comparable, fingerprint(experiment))
+        now = fingerprint(experiment)
+        changeable = {flag: now["options"][flag] for flag in CHANGEABLE}
+        check_fingerprint({**then, "options": {**then["options"], **changeable}}, now)
         resumed = as_progress(tree, progress)
         check_entries(resumed, progress)
         total = options.epochs * epoch_steps_of(experiment)

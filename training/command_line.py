@@ -95,8 +95,8 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def add_option(group: Any, known: dataclasses.Field[Any], substitutes: dict[str, Any]) -> None:
-    """One argument of a parser."""
+def add_option(group: Any, known: dataclasses.Field[Any], record: type[Any]) -> None:
+    """One argument of a parser; its help may refer to the record, as in {record.usual_shards}."""
     argument, default = dict(known.metadata["argument"]), known.default
     if isinstance(default, bool):
         argument["action"] = argparse.BooleanOptionalAction if default else "store_true"
@@ -104,9 +104,7 @@ def add_option(group: Any, known: dataclasses.Field[Any], substitutes: dict[str,
         default = list(default)  # as argparse gives what is typed, and as help shows it
     elif default is None:
         default = argparse.SUPPRESS
-    text = known.metadata["help"]
-    for name, value in substitutes.items():
-        text = text.replace(f"{{{name}}}", str(value))
+    text = known.metadata["help"].format(record=record)
     group.add_argument(flag_of(known.name), default=default, help=text, **argument)
 
 
@@ -124,7 +122,7 @@ def new_parser(record: type[Any], description: str) -> argparse.ArgumentParser:
         title = known.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        add_option(groups[title], known, {"usual_shards": record.usual_shards})
+        add_option(groups[title], known, record)
     return parser
 
 

@@ -253,8 +253,8 @@ class Options:
 
     shards: int | None = parallel_option(
         "parts of a batch that are computed by themselves, batch norm and all; the result"
-        " depends on them and not on who computes them (default: {usual_shards}; with --mpi one"
-        " for each worker of each rank)",
+        " depends on them and not on who computes them (default: {record.usual_shards}; with --mpi"
+        " one for each worker of each rank)",
         metavar="N",
         type=count,
         distinguishes=True,

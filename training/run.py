@@ -58,7 +58,6 @@ def set_up(
     options: Chosen, build: Callable[[Chosen, int], nn.Layer], team: Team = Team()
 ) -> tuple[Experiment, str | None]:
     """Data, task and network of the options, and the value of --data that was used."""
-    check_options(options)
     data, source = load_parts(options)
     if options.schedule == "plateau" and not len(data["x_validation"]):
         raise ValueError("--schedule plateau needs validation images, but --validation is 0")
@@ -118,12 +117,12 @@ def run(options: Options, script: Script) -> None:
     """Everything from the data to the last line."""
     started = time.monotonic()
     nn.keep_freed_memory()
-    check_options(options)
     with contextlib.ExitStack() as stack:
         team = stack.enter_context(open_team(options))
         if team.rank:
             options = stack.enter_context(silenced(options))
         with one_rank_first(team):
+            check_options(options)
             open_folders(options)
             if options.out is not None:
                 stack.enter_context(checkpoints.lock_folder(options.out))
@@ -171,6 +170,7 @@ def train_and_test(experiment: Experiment, source: str | None, script: Script) -
     progress = first_progress(experiment, optimizer, params)
     if options.out is not None:
         about = checkpoints.describe_run(experiment, script.name, source)
+        checkpoints.check_same_run(options.out, about)
         checkpoints.write_run(options.out, about)
     progress = train_to_folder(experiment, optimizer, progress)
     loss, measured = loop.validate(experiment, progress.best, "test")
