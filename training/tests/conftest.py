@@ -8,6 +8,7 @@ import gzip
 import os
 import pathlib
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from hypothesis import HealthCheck, settings
 import purenn as nn
 import train_cnn
 import train_mlp
-from training import threads
+from training import checkpoints, run, threads
 
 settings.register_profile(
     "ci",
@@ -153,6 +154,25 @@ def train_on(data, *arguments):
 def train_cnn_on(data, *arguments):
     """The exit code of train_cnn.py, in this process."""
     return train_cnn.main(["--data", data, *QUICK_CNN, *map(str, arguments)])
+
+
+def mlp_experiment(data, build=train_mlp.build_mlp, **options):
+    """What train_mlp.py makes of its options before it trains."""
+    options = train_mlp.MLPOptions(data=data, **options)
+    return run.set_up(options, build)[0]
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal, also where the tests run behind nohup."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def outputs_in(folder):
+    """{name: bytes} of what a run leaves in its folder."""
+    return {name: pathlib.Path(folder, name).read_bytes() for name in checkpoints.OUTPUTS}
 
 
 def run_python(*arguments, environment=None, **options):

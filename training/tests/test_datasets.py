@@ -4,7 +4,6 @@ import gzip
 import io
 import math
 import os
-import pathlib
 import re
 import struct
 import zipfile
@@ -15,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import purenn as nn
 from training import datasets
 from training.datasets import read_dataset, read_idx
 from training.tests.conftest import (

@@ -20,7 +20,6 @@ import pytest
 
 import purenn as nn
 from training import mnist
-
 from training.datasets import read_dataset
 from training.tests.conftest import idx, peak_memory
 
