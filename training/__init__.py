@@ -7,7 +7,8 @@ digits       synthetic digits
 mnist        the download of MNIST
 images       resizing, image files and folders of them
 datasets     IDX and .npz files, what --data names, splits
-options      every option with its default, and the command line
+command_line a command line from a record of options
+options      every option with its default
 choices      what options stand for: loss, optimizer, schedule, augmentation
 team         workers and MPI ranks
 prediction   the network at inference, layer by layer, its summary

@@ -162,7 +162,8 @@ def with_defaults(options: Any, flags: set[str]) -> Any:
 def check_companions(options: Any) -> None:
     """ValueError for an option that would be silently ignored beside the others."""
     for known in option_fields(options):
-        if known.metadata["only_with"] is None or getattr(options, known.name) in (None, False):
+        value = getattr(options, known.name)
+        if known.metadata["only_with"] is None or value is None or value is False:
             continue
         other, choices = known.metadata["only_with"]
         chosen = getattr(options, other)
