@@ -23,7 +23,8 @@ from training.choices import decay_epochs, decay_factor, depends_on_epochs
 from training.command_line import (
     all_values,
     chosen_values,
-    flags_where,
+    flag_of,
+    options_of,
     with_defaults,
 )
 from training.files import open_text
@@ -125,8 +126,9 @@ def used_values(experiment: Experiment, source: str | None) -> dict[str, Any]:
         shards=team.shards,
         workers=team.workers,
     )
-    outputs = flags_where(options, "group", "output")
-    return {flag: value for flag, value in all_values(used).items() if flag not in outputs}
+    values, known = all_values(used), options_of(options).items()
+    flags = [flag_of(name) for name, about in known if about.group != "output"]
+    return {flag: values[flag] for flag in flags}
 
 
 def describe_run(experiment: Experiment, script: str, source: str | None) -> Run:
@@ -240,8 +242,8 @@ def read_metrics(folder: str) -> list[dict[str, float]]:
 def fixed_values(options: Options, team: Team) -> dict[str, Any]:
     """{"--batch-size": 128, ...}: the values that a training cannot be resumed without."""
     values = all_values(replace(options.resolved(), shards=team.shards))
-    fixed = flags_where(options, "resumes", False)
-    return {flag: value for flag, value in values.items() if flag in fixed}
+    flags = [flag_of(name) for name, about in options_of(options).items() if not about.resumes]
+    return {flag: values[flag] for flag in flags}
 
 
 def fingerprint(experiment: Experiment) -> dict[str, Any]:
