@@ -159,6 +159,30 @@ def parse(
     return from_namespace(record, parser.parse_args(arguments))
 
 
+def from_json(about: About, value: Any) -> Any:
+    """The value of an option that `as_json` gave; ValueError for one that could not be typed."""
+    if value is None or (isinstance(value, bool) and isinstance(about.default, bool)):
+        return value
+    if isinstance(value, list):
+        return tuple(from_json(about, item) for item in value)
+    typed = about.argument.get("type", str)(str(value))
+    if typed not in about.argument.get("choices", [typed]):
+        raise ValueError(f"unknown choice {value!r}")
+    return typed
+
+
+def from_values(record: type[Record], values: dict[str, Any]) -> Record:
+    """The record of {"--batch-size": 128, ...}, as `all_values` gave them; defaults for others."""
+    known = {flag_of(name): name for name in options_of(record)}
+    found = {}
+    for flag, value in values.items():
+        try:
+            found[known[flag]] = from_json(options_of(record)[known[flag]], value)
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"{flag}: {error}") from None
+    return record(**found)
+
+
 def with_defaults(options: Any, flags: set[str]) -> Any:
     """The same options, but these flags as if they had not been given."""
     defaults = vars(type(options)(**preset_defaults(options)))

@@ -298,6 +298,13 @@ class Options:
         metavar="RUN",
         nargs="+",
     )
+    predict: tuple[str, ...] | None = output_option(
+        "instead of training, classify these images with the network in --out: image files or"
+        " folders of them (need Pillow), a .npz with one array, IDX files; prints the name, the"
+        " class and its probability (softmax) of each",
+        metavar="FILE",
+        nargs="+",
+    )
     summary: bool = output_option(
         "print the layers, their shapes and parameters first", default=False
     )

@@ -18,6 +18,7 @@ import numpy as np
 import purenn as nn
 from training import checkpoints, loop, pictures
 from training.choices import check_options, choose_optimizer, choose_task
+from training.classification import print_classes
 from training.command_line import chosen_values, format_command, new_parser, parse
 from training.datasets import Dataset, choose_test, load_data, prepare, sine, split_off
 from training.loop import Experiment, Progress
@@ -235,6 +236,8 @@ def main(
     options = parse(record, parser, arguments)
     if options.compare is not None:
         return exit_code(parser.prog, partial(compare_runs, options))
+    if options.predict is not None:
+        return exit_code(parser.prog, partial(print_classes, options, record, build))
     work = partial(run, options, Script(parser.prog, build, draw))
     return mpi_exit_code(parser.prog, work) if options.mpi else exit_code(parser.prog, work)
 
