@@ -2207,44 +2207,78 @@ def l2_penalty(params: Tree, coefficient: float) -> tuple[float, Tree]:
 
 
 # ------------------------------------------------------------------------------------------------
-# Optimisers: step(params, grads, state) -> (params, state)
+# Optimizers: step(params, grads, state) -> (params, state)
 # ------------------------------------------------------------------------------------------------
 
 Rate = float | Callable[[int], float]
 
 
 class Optimizer(NamedTuple):
-    """An optimiser: two pure functions.
+    """An optimizer: two pure functions.
 
-    The state holds "step" (how many steps were taken), "scale" (times which every rate is
-    multiplied, see `reduce_on_plateau`) and, for each quantity the rule remembers, a tree like
-    params. `step` moves exactly the entries that grads hold; the others stay as they are.
+    `init(params) -> state`: it holds "step" (how many steps were taken), "scale" (every rate is
+    multiplied by it, see `reduce_on_plateau`) and a tree like params for each quantity that the
+    rule remembers. `step(params, grads, state) -> (params, state)` moves exactly the entries that
+    grads hold; the others stay as they are. ValueError for grads or a state that do not fit params.
     """
 
-    init: Callable[[Tree], Tree]  # params -> state
-    step: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]  # params, grads, state -> params, state
+    init: Callable[[Tree], Tree]
+    step: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 
 
-_COMMON = frozenset({"step", "scale", "plateau_best", "plateau_count"})
+_PLATEAU = frozenset({"plateau_best", "plateau_count"})  # what reduce_on_plateau adds to a state
+_BELOW_1 = {"minimum": 0.0, "below": 1.0}
+_NOT_NEGATIVE = {"minimum": 0.0, "below": math.inf}
+_POSITIVE = {"above": 0.0, "below": math.inf}
+_OPTIONS = {  # of all optimizers
+    "lr": _NOT_NEGATIVE,
+    "momentum": _BELOW_1,
+    "weight_decay": _NOT_NEGATIVE,
+    "beta1": _BELOW_1,
+    "beta2": _BELOW_1,
+    "decay": _BELOW_1,
+    "eps": _POSITIVE,
+}
 
 
-def _zero_count(array: Array) -> Array:
-    return np.zeros((), np.int64)
+def _optimizer(
+    where: str,
+    update: Callable[..., tuple[Array, Tree]],
+    remembers: Sequence[str],
+    *,
+    flags: dict[str, bool] | None = None,
+    decoupled: bool = False,
+    **options: Any,
+) -> Optimizer:
+    """An optimizer that moves each entry by update(p, g, memory, **options).
+
+    lr and momentum may be schedules; weight decay is done here: it adds to the gradient or, if
+    decoupled, shrinks the entry before the update.
+    """
+    for name, option in options.items():
+        if not (name in ("lr", "momentum") and callable(option)):
+            options[name] = _number(where, name, option, **_OPTIONS[name])
+    if not options.get("momentum", True):
+        remembers = [quantity for quantity in remembers if quantity != "velocity"]
+    step = partial(
+        _take_step,
+        where=where,
+        update=partial(update, **(flags or {})),
+        remembers=remembers,
+        decoupled=decoupled,
+        options=options,
+    )
+    return Optimizer(partial(_init_state, where=where, remembers=remembers), step)
 
 
-def _init_state(params: Tree, *, where: str, remembers: dict[str, Callable[..., Any]]) -> Tree:
+def _zeros_to_remember(name: str, array: Array) -> Array:
+    return np.zeros((), np.int64) if name == "count" else np.zeros_like(array)
+
+
+def _init_state(params: Tree, *, where: str, remembers: Sequence[str]) -> Tree:
     _arrays(where, "params", params)
-    trees = {name: tree_map(zero, params) for name, zero in remembers.items()}
+    trees = {name: tree_map(partial(_zeros_to_remember, name), params) for name in remembers}
     return {"step": np.zeros((), np.int64), "scale": np.ones(()), **trees}
-
-
-def _check_rate(where: str, name: str, rate: Any, when: str = "") -> float:
-    limit = 1.0 if name == "momentum" else math.inf
-    return _number(where, name + when, rate, minimum=0, below=limit)
-
-
-def _rate_or_schedule(where: str, name: str, rate: Any) -> Rate:
-    return rate if callable(rate) else _check_rate(where, name, rate)
 
 
 def _item(value: Any) -> Any:
@@ -2259,30 +2293,36 @@ def _take_step(
     state: Tree,
     *,
     where: str,
-    remembers: dict[str, Callable[..., Any]],
-    rates: dict[str, Rate],
     update: Callable[..., tuple[Array, Tree]],
+    remembers: Sequence[str],
+    decoupled: bool,
+    options: dict[str, Any],
 ) -> tuple[Tree, Tree]:
-    """One step of any optimiser: `update` for every entry of grads, at the rates of this step."""
+    """One step of any optimizer: `update` for every entry of grads, at the rates of this step."""
     for name, tree in (("params", params), ("grads", grads), ("state", state)):
-        if not isinstance(tree, dict):
-            raise TypeError(f"{where}: {name} must be a dict, got {_kind(tree)}")
-    if not {"step", "scale", *remembers} <= state.keys() <= _COMMON | remembers.keys():
-        raise ValueError(f"{where}: the state is not this optimiser's, it has {_names(state)}")
-    memory = {quantity: state[quantity] for quantity in remembers}
+        _check_dict(where, name, tree)
+    if "key" in params:
+        raise ValueError(f"{where}: params have a key; give step those without, not training(...)")
+    own = {"step", "scale", *remembers}
+    if not own <= state.keys() <= own | _PLATEAU:
+        raise ValueError(f"{where}: the state is not this optimizer's, it has {_names(state)}")
     step = _whole(where, "step in the state", _item(state["step"]), 0)
-    scale = _number(where, "scale in the state", _item(state["scale"]), minimum=0, maximum=1)
-    now = {
-        name: _check_rate(where, name, rate(step), f" at step {step}") if callable(rate) else rate
-        for name, rate in rates.items()
-    }
-    now["lr"] *= scale
-    params, memory = _update_tree(where, "", params, grads, memory, partial(update, **now))
+    now = dict(options)
+    for name, rate in options.items():
+        if callable(rate):
+            now[name] = _number(where, f"{name} at step {step}", rate(step), **_OPTIONS[name])
+    now["lr"] *= _number(where, "scale in the state", _item(state["scale"]), minimum=0, maximum=1)
+    decay, shrink = now.pop("weight_decay"), 1.0
+    if decoupled:
+        decay, shrink = 0.0, 1 - now["lr"] * decay
+    move = partial(_move, where=where, update=partial(update, **now), decay=decay, shrink=shrink)
+    memory = {quantity: state[quantity] for quantity in remembers}
+    params, memory = _update_tree(where, "", params, grads, memory, move)
     return params, {**state, **memory, "step": np.array(step + 1)}
 
 
 def _update_tree(
-    where: str, path: str, params: Tree, grads: Tree, memory: Tree, update: Callable[..., Any]
+    where: str, path: str, params: Tree, grads: Tree, memory: Tree, move: Callable[..., Any]
 ) -> tuple[Tree, Tree]:
     for quantity, tree in memory.items():
         if not isinstance(tree, dict):
@@ -2296,16 +2336,16 @@ def _update_tree(
         p = params[name]
         own = {quantity: tree.get(name) for quantity, tree in memory.items()}
         if isinstance(g, dict) and isinstance(p, dict):
-            params[name], own = _update_tree(where, here, p, g, own, update)
+            params[name], own = _update_tree(where, here, p, g, own, move)
         else:
-            params[name], own = _update_entry(where, here, p, g, own, update)
+            params[name], own = move(here, p, g, own)
         for quantity, value in own.items():
             memory[quantity][name] = value
     return params, memory
 
 
-def _update_entry(
-    where: str, path: str, p: Any, g: Any, memory: Tree, update: Callable[..., Any]
+def _move(
+    path: str, p: Any, g: Any, memory: Tree, *, where: str, update: Any, decay: float, shrink: float
 ) -> tuple[Array, Tree]:
     """`update` for one array, checked, and in the dtype of params."""
     if not (type(p) is type(g) is np.ndarray and p.dtype == g.dtype and p.dtype.char in "fd"):
@@ -2315,60 +2355,30 @@ def _update_entry(
     if g.shape != p.shape:
         raise ValueError(f"{where}: {path}: grads have shape {g.shape}, but params {p.shape}")
     for quantity, value in memory.items():
-        counts = quantity == "count"
-        shape, kind = ((), "i") if counts else (p.shape, "f")
+        shape, kind = ((), "i") if quantity == "count" else (p.shape, "f")
         if not _is_array(value) or value.shape != shape or value.dtype.kind != kind:
             raise ValueError(f"{where}: the state has no {quantity} of {path} and of its shape")
-        if counts:
+        if quantity == "count":
             _whole(f"{where}: {path}", "count in the state", value.item(), 0)
         elif value.dtype != p.dtype:
             memory = {**memory, quantity: value.astype(p.dtype)}
-    if p.ndim:
-        return update(p, g, **memory)
-    new, memory = update(p[None], g[None], **{name: m[None] for name, m in memory.items()})
-    return new[0, ...], {name: m[0, ...] for name, m in memory.items()}
-
-
-def _optimizer(
-    where: str,
-    rates: dict[str, Rate],
-    update: Callable[..., Any],
-    remembers: dict[str, Any],
-    **options: Any,
-) -> Optimizer:
-    """An optimiser with `rates` that may be schedules and `options` that stay as they are."""
-    rates = {name: _rate_or_schedule(where, name, rate) for name, rate in rates.items()}
-    update = partial(update, **options)
-    return Optimizer(
-        partial(_init_state, where=where, remembers=remembers),
-        partial(_take_step, where=where, remembers=remembers, rates=rates, update=update),
-    )
-
-
-def _decay(where: str, weight_decay: float) -> float:
-    return _number(where, "weight_decay", weight_decay, minimum=0, below=math.inf)
-
-
-def _velocity(momentum: Rate) -> dict[str, Callable[..., Any]]:
-    """What an optimiser remembers for its momentum: nothing where that is 0 for good."""
-    return {"velocity": np.zeros_like} if callable(momentum) or momentum else {}
+    single = p.ndim == 0  # NumPy would turn arrays without axes into numbers
+    if single:
+        p, g, memory = p[None], g[None], {name: m[None] for name, m in memory.items()}
+    if decay:
+        g = g + decay * p
+    p, memory = update(p if shrink == 1 else p * shrink, g, memory)
+    if single:
+        p, memory = p[0, ...], {name: m[0, ...] for name, m in memory.items()}
+    return p, memory
 
 
 def _sgd_update(
-    p: Array,
-    g: Array,
-    *,
-    lr: float,
-    velocity: Array | None = None,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float,
+    p: Array, g: Array, memory: Tree, *, lr: float, momentum: float, nesterov: bool
 ) -> tuple[Array, Tree]:
-    if weight_decay:
-        g = g + weight_decay * p
-    if velocity is None:
+    if not memory:
         return p - lr * g, {}
-    velocity = velocity * momentum
+    velocity = memory["velocity"] * momentum
     velocity += g
     change = g + momentum * velocity if nesterov else velocity
     change = change * -lr
@@ -2385,45 +2395,32 @@ def sgd(
     SGD; momentum may be a schedule, as lr. ValueError for nesterov without momentum, a momentum
     outside [0, 1) or a negative rate or decay.
     """
-    momentum = _rate_or_schedule("sgd", "momentum", momentum)
     _check_bool("sgd", "nesterov", nesterov)
-    if nesterov and not momentum:
+    if not callable(momentum) and _number("sgd", "momentum", momentum) == 0 and nesterov:
         raise ValueError("sgd: nesterov needs a momentum above 0")
     return _optimizer(
         "sgd",
-        {"lr": lr, "momentum": momentum},
         _sgd_update,
-        _velocity(momentum),
-        nesterov=nesterov,
-        weight_decay=_decay("sgd", weight_decay),
+        ["velocity"],
+        flags={"nesterov": nesterov},
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
     )
 
 
 def _adam_update(
-    p: Array,
-    g: Array,
-    *,
-    lr: float,
-    m: Array,
-    v: Array,
-    count: Array,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
+    p: Array, g: Array, memory: Tree, *, lr: float, beta1: float, beta2: float, eps: float
 ) -> tuple[Array, Tree]:
-    if weight_decay:
-        p, g = (p * (1 - lr * weight_decay), g) if decoupled else (p, g + weight_decay * p)
-    count = count + 1
+    count = memory["count"] + 1
     t = int(count.item())
     # In-place work on arrays made here halves the time: each pass over fresh memory is dear.
     scratch = g * (1 - beta1)
-    m = m * beta1
+    m = memory["m"] * beta1
     m += scratch
     np.square(g, out=scratch)
     scratch *= 1 - beta2
-    v = v * beta2
+    v = memory["v"] * beta2
     v += scratch
     np.sqrt(v, out=scratch)
     unbias = math.sqrt(1 - beta2**t)
@@ -2432,18 +2429,6 @@ def _adam_update(
     scratch *= -lr * unbias / (1 - beta1**t)
     scratch += p
     return scratch, {"m": m, "v": v, "count": np.asarray(count)}
-
-
-_ADAM_MEMORY = {"m": np.zeros_like, "v": np.zeros_like, "count": _zero_count}
-
-
-def _adam_options(where: str, beta1: float, beta2: float, eps: float, decay: float) -> Tree:
-    return {
-        "beta1": _number(where, "beta1", beta1, minimum=0, below=1),
-        "beta2": _number(where, "beta2", beta2, minimum=0, below=1),
-        "eps": _number(where, "eps", eps, above=0, below=math.inf),
-        "weight_decay": _decay(where, decay),
-    }
 
 
 def adam(
@@ -2459,8 +2444,14 @@ def adam(
     weight_decay · p. As PyTorch's Adam (Kingma and Ba 2015). ValueError for a beta outside
     [0, 1), an eps that is not positive, a negative rate or decay.
     """
-    options = _adam_options("adam", beta1, beta2, eps, weight_decay)
-    return _optimizer("adam", {"lr": lr}, _adam_update, _ADAM_MEMORY, **options, decoupled=False)
+    options: Tree = {
+        "lr": lr,
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": eps,
+        "weight_decay": weight_decay,
+    }
+    return _optimizer("adam", _adam_update, ["m", "v", "count"], **options)
 
 
 def adamw(
@@ -2474,29 +2465,24 @@ def adamw(
 
     As PyTorch's AdamW (Loshchilov and Hutter 2019). Errors as `adam`.
     """
-    options = _adam_options("adamw", beta1, beta2, eps, weight_decay)
-    return _optimizer("adamw", {"lr": lr}, _adam_update, _ADAM_MEMORY, **options, decoupled=True)
+    options: Tree = {
+        "lr": lr,
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": eps,
+        "weight_decay": weight_decay,
+    }
+    return _optimizer("adamw", _adam_update, ["m", "v", "count"], decoupled=True, **options)
 
 
 def _rmsprop_update(
-    p: Array,
-    g: Array,
-    *,
-    lr: float,
-    square_average: Array,
-    velocity: Array | None = None,
-    decay: float,
-    eps: float,
-    momentum: float,
-    weight_decay: float,
+    p: Array, g: Array, memory: Tree, *, lr: float, decay: float, eps: float, momentum: float
 ) -> tuple[Array, Tree]:
-    if weight_decay:
-        g = g + weight_decay * p
-    square_average = decay * square_average + (1 - decay) * (g * g)
+    square_average = decay * memory["square_average"] + (1 - decay) * (g * g)
     change = g / (np.sqrt(square_average) + eps)
-    if velocity is None:
+    if "velocity" not in memory:
         return p - lr * change, {"square_average": square_average}
-    velocity = momentum * velocity + change
+    velocity = momentum * memory["velocity"] + change
     return p - lr * velocity, {"square_average": square_average, "velocity": velocity}
 
 
@@ -2513,24 +2499,14 @@ def rmsprop(
     Hinton 2012). ValueError for a decay or momentum outside [0, 1), an eps that is not positive,
     a negative rate.
     """
-    momentum = _rate_or_schedule("rmsprop", "momentum", momentum)
-    return _optimizer(
-        "rmsprop",
-        {"lr": lr, "momentum": momentum},
-        _rmsprop_update,
-        {"square_average": np.zeros_like, **_velocity(momentum)},
-        decay=_number("rmsprop", "decay", decay, minimum=0, below=1),
-        eps=_number("rmsprop", "eps", eps, above=0, below=math.inf),
-        weight_decay=_decay("rmsprop", weight_decay),
-    )
+    options: Tree = {"decay": decay, "eps": eps, "momentum": momentum, "weight_decay": weight_decay}
+    return _optimizer("rmsprop", _rmsprop_update, ["square_average", "velocity"], lr=lr, **options)
 
 
 def _adagrad_update(
-    p: Array, g: Array, *, lr: float, square_sum: Array, eps: float, weight_decay: float
+    p: Array, g: Array, memory: Tree, *, lr: float, eps: float
 ) -> tuple[Array, Tree]:
-    if weight_decay:
-        g = g + weight_decay * p
-    square_sum = square_sum + g * g
+    square_sum = memory["square_sum"] + g * g
     return p - lr * (g / (np.sqrt(square_sum) + eps)), {"square_sum": square_sum}
 
 
@@ -2540,32 +2516,16 @@ def adagrad(lr: Rate = 0.01, eps: float = 1e-10, weight_decay: float = 0.0) -> O
     As PyTorch's Adagrad (Duchi et al. 2011). ValueError for an eps that is not positive, a
     negative rate or decay.
     """
-    return _optimizer(
-        "adagrad",
-        {"lr": lr},
-        _adagrad_update,
-        {"square_sum": np.zeros_like},
-        eps=_number("adagrad", "eps", eps, above=0, below=math.inf),
-        weight_decay=_decay("adagrad", weight_decay),
-    )
+    options: Tree = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+    return _optimizer("adagrad", _adagrad_update, ["square_sum"], **options)
 
 
 def _adadelta_update(
-    p: Array,
-    g: Array,
-    *,
-    lr: float,
-    square_average: Array,
-    change_average: Array,
-    decay: float,
-    eps: float,
-    weight_decay: float,
+    p: Array, g: Array, memory: Tree, *, lr: float, decay: float, eps: float
 ) -> tuple[Array, Tree]:
-    if weight_decay:
-        g = g + weight_decay * p
-    square_average = decay * square_average + (1 - decay) * (g * g)
-    change = np.sqrt(change_average + eps) / np.sqrt(square_average + eps) * g
-    change_average = decay * change_average + (1 - decay) * (change * change)
+    square_average = decay * memory["square_average"] + (1 - decay) * (g * g)
+    change = np.sqrt(memory["change_average"] + eps) / np.sqrt(square_average + eps) * g
+    change_average = decay * memory["change_average"] + (1 - decay) * (change * change)
     memory = {"square_average": square_average, "change_average": change_average}
     return p - lr * change, memory
 
@@ -2578,45 +2538,46 @@ def adadelta(
     u <- decay · u + (1 - decay) d²; g includes weight_decay · p. As PyTorch's Adadelta (Zeiler
     2012). ValueError for a decay outside [0, 1), an eps that is not positive, a negative rate.
     """
-    return _optimizer(
-        "adadelta",
-        {"lr": lr},
-        _adadelta_update,
-        {"square_average": np.zeros_like, "change_average": np.zeros_like},
-        decay=_number("adadelta", "decay", decay, minimum=0, below=1),
-        eps=_number("adadelta", "eps", eps, above=0, below=math.inf),
-        weight_decay=_decay("adadelta", weight_decay),
-    )
+    options: Tree = {"lr": lr, "decay": decay, "eps": eps, "weight_decay": weight_decay}
+    return _optimizer("adadelta", _adadelta_update, ["square_average", "change_average"], **options)
 
 
 # ------------------------------------------------------------------------------------------------
 # Schedules: step -> learning rate, the first step is 0
 # ------------------------------------------------------------------------------------------------
 
-Schedule = Callable[[int], float]
+Schedule = Callable[[int | np.integer[Any] | Array], float]
 
 
-def _rate(where: str, name: str, lr: Any) -> float:
-    return _number(where, name, lr, minimum=0, below=math.inf)
+def _schedule(rule: Callable[..., float], **options: Any) -> Schedule:
+    """step -> rule(step, **options), with these options and then the step checked."""
+    where = rule.__name__.lstrip("_")
+    for name, option in options.items():
+        if name in ("factor", "decay", "rise"):
+            options[name] = _number(where, name, option, minimum=0, maximum=1)
+        elif name in ("every", "steps", "half_cycle"):
+            options[name] = _whole(where, name, option, 1)
+        elif isinstance(option, tuple):
+            options[name] = tuple(_whole(where, "every milestone", step, 0) for step in option)
+        elif not (name == "schedule" and callable(option)):
+            options[name] = _number(where, name, option, **_NOT_NEGATIVE)
+    return partial(_at_step, where=where, rule=partial(rule, **options))
 
 
-def _factor(where: str, name: str, factor: Any) -> float:
-    return _number(where, name, factor, minimum=0, maximum=1)
+def _at_step(step: Any, *, where: str, rule: Callable[..., float]) -> float:
+    return rule(_whole(where, "step", _item(step), 0))
 
 
 def _step_decay(step: int, *, lr: float, every: int, factor: float) -> float:
-    return lr * factor ** (_whole("step_decay", "step", step, 0) // every)
+    return lr * factor ** (step // every)
 
 
 def step_decay(lr: float, every: int, factor: float = 0.1) -> Schedule:
     """lr · factor^⌊step / every⌋."""
-    every = _whole("step_decay", "every", every, 1)
-    lr, factor = _rate("step_decay", "lr", lr), _factor("step_decay", "factor", factor)
-    return partial(_step_decay, lr=lr, every=every, factor=factor)
+    return _schedule(_step_decay, lr=lr, every=every, factor=factor)
 
 
 def _multistep(step: int, *, lr: float, milestones: tuple[int, ...], factor: float) -> float:
-    step = _whole("multistep", "step", step, 0)
     return lr * factor ** sum(step >= milestone for milestone in milestones)
 
 
@@ -2626,19 +2587,16 @@ def multistep(lr: float, milestones: Sequence[int] | Array, factor: float = 0.1)
         milestones = milestones.tolist()
     if isinstance(milestones, str) or not isinstance(milestones, Sequence):
         raise TypeError(f"multistep: milestones must be a sequence, got {_kind(milestones)}")
-    steps = tuple(_whole("multistep", "every milestone", step, 0) for step in milestones)
-    lr, factor = _rate("multistep", "lr", lr), _factor("multistep", "factor", factor)
-    return partial(_multistep, lr=lr, milestones=steps, factor=factor)
+    return _schedule(_multistep, lr=lr, milestones=tuple(milestones), factor=factor)
 
 
 def _exponential(step: int, *, lr: float, decay: float) -> float:
-    return lr * decay ** _whole("exponential", "step", step, 0)
+    return lr * decay**step
 
 
 def exponential(lr: float, decay: float) -> Schedule:
     """lr · decay^step."""
-    decay = _factor("exponential", "decay", decay)
-    return partial(_exponential, lr=_rate("exponential", "lr", lr), decay=decay)
+    return _schedule(_exponential, lr=lr, decay=decay)
 
 
 def _between(start: float, end: float, progress: float) -> float:
@@ -2647,7 +2605,6 @@ def _between(start: float, end: float, progress: float) -> float:
 
 
 def _cosine(step: int, *, lr: float, steps: int, final: float) -> float:
-    step = _whole("cosine", "step", step, 0)
     return _between(lr, final, step / steps) if step < steps else final
 
 
@@ -2656,24 +2613,20 @@ def cosine(lr: float, steps: int, final: float = 0.0) -> Schedule:
 
     Loshchilov and Hutter 2017, without restarts.
     """
-    lr, final = _rate("cosine", "lr", lr), _rate("cosine", "final", final)
-    return partial(_cosine, lr=lr, steps=_whole("cosine", "steps", steps, 1), final=final)
+    return _schedule(_cosine, lr=lr, steps=steps, final=final)
 
 
 def _cyclic(step: int, *, low: float, high: float, half_cycle: int) -> float:
-    position = _whole("cyclic", "step", step, 0) % (2 * half_cycle)
+    position = step % (2 * half_cycle)
     return low + (high - low) * min(position, 2 * half_cycle - position) / half_cycle
 
 
 def cyclic(low: float, high: float, half_cycle: int) -> Schedule:
     """A triangle: `low` at 0, `high` after `half_cycle` steps, then back to `low` (Smith 2017)."""
-    low, high = _rate("cyclic", "low", low), _rate("cyclic", "high", high)
-    half_cycle = _whole("cyclic", "half_cycle", half_cycle, 1)
-    return partial(_cyclic, low=low, high=high, half_cycle=half_cycle)
+    return _schedule(_cyclic, low=low, high=high, half_cycle=half_cycle)
 
 
 def _one_cycle(step: int, *, peak: float, steps: int, rise: float) -> float:
-    step = _whole("one_cycle", "step", step, 0)
     top = max(rise * steps - 1, 0)
     if step < top:
         return _between(peak / 25, peak, step / top)
@@ -2687,22 +2640,18 @@ def one_cycle(peak: float, steps: int, rise: float = 0.3) -> Schedule:
 
     Smith and Topin 2018, with the numbers of PyTorch's OneCycleLR; after the last step it stays.
     """
-    peak, rise = _rate("one_cycle", "peak", peak), _factor("one_cycle", "rise", rise)
-    return partial(_one_cycle, peak=peak, steps=_whole("one_cycle", "steps", steps, 1), rise=rise)
+    return _schedule(_one_cycle, peak=peak, steps=steps, rise=rise)
 
 
 def _warmup(step: int, *, schedule: Rate, steps: int) -> float:
-    step = _whole("warmup", "step", step, 0)
     if callable(schedule):
-        schedule = _rate("warmup", f"schedule({step})", schedule(step))
+        schedule = _number("warmup", f"schedule({step})", schedule(step), **_NOT_NEGATIVE)
     return schedule * (step + 1) / steps if step < steps else schedule
 
 
 def warmup(schedule: Rate, steps: int) -> Schedule:
     """schedule(step) · min(1, (step + 1) / steps); `schedule` may be a number."""
-    if not callable(schedule):
-        schedule = _rate("warmup", "schedule", schedule)
-    return partial(_warmup, schedule=schedule, steps=_whole("warmup", "steps", steps, 1))
+    return _schedule(_warmup, schedule=schedule, steps=steps)
 
 
 def reduce_on_plateau(
@@ -2717,7 +2666,7 @@ def reduce_on_plateau(
     where = "reduce_on_plateau"
     if not isinstance(state, dict) or "scale" not in state:
         raise ValueError(f"{where}: expected an optimiser's state, got {_names(state)}")
-    factor = _factor(where, "factor", factor)
+    factor = _number(where, "factor", factor, minimum=0, maximum=1)
     patience = _whole(where, "patience", patience, 0)
     threshold = _number(where, "threshold", threshold, minimum=0, below=1)
     loss = _float(where, "loss", loss)
