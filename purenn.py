@@ -42,33 +42,18 @@ __version__ = "0.1.0"
 
 # fmt: off
 __all__ = [
-    # trees
     "tree_map", "tree_flatten", "tree_unflatten", "tree_add", "count_parameters", "global_norm",
-    "clip_gradients",
-    # keys
-    "fold_key", "training",
-    # initializers
-    "zeros", "constant", "normal", "uniform", "xavier_normal", "xavier_uniform", "he_normal",
-    "he_uniform", "orthogonal",
-    # layers
-    "Layer", "linear", "identity", "flatten", "relu", "leaky_relu", "elu", "sigmoid", "tanh",
-    "softplus", "gelu", "silu", "softmax", "log_softmax", "dropout", "batch_norm",
-    "update_statistics", "layer_norm", "conv2d", "max_pool2d", "avg_pool2d", "global_avg_pool2d",
-    "sequential", "residual",
-    # losses
+    "clip_gradients", "fold_key", "training", "zeros", "constant", "normal", "uniform",
+    "xavier_normal", "xavier_uniform", "he_normal", "he_uniform", "orthogonal", "Layer", "linear",
+    "identity", "flatten", "relu", "leaky_relu", "elu", "sigmoid", "tanh", "softplus", "gelu",
+    "silu", "softmax", "log_softmax", "dropout", "batch_norm", "update_statistics", "layer_norm",
+    "conv2d", "max_pool2d", "avg_pool2d", "global_avg_pool2d", "sequential", "residual",
     "softmax_cross_entropy", "cross_entropy", "hinge", "binary_cross_entropy", "mean_squared_error",
-    "mean_absolute_error", "huber", "l2_penalty",
-    # optimizers
-    "Optimizer", "sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta",
-    # schedules
-    "step_decay", "multistep", "exponential", "cosine", "cyclic", "one_cycle", "warmup",
-    "reduce_on_plateau",
-    # gradient checking
-    "check_gradients",
-    # training helpers
-    "value_and_grad", "data_parallel", "accuracy", "batches", "augment",
-    # files and memory
-    "replacing", "save", "load", "keep_freed_memory",
+    "mean_absolute_error", "huber", "l2_penalty", "Optimizer", "sgd", "adam", "adamw", "rmsprop",
+    "adagrad", "adadelta", "step_decay", "multistep", "exponential", "cosine", "cyclic",
+    "one_cycle", "warmup", "reduce_on_plateau", "check_gradients", "value_and_grad",
+    "data_parallel", "accuracy", "batches", "augment", "replacing", "save", "load",
+    "keep_freed_memory",
 ]
 # fmt: on
 
@@ -2229,55 +2214,36 @@ class Optimizer(NamedTuple):
 _PLATEAU = frozenset({"plateau_best", "plateau_count"})  # what reduce_on_plateau adds to a state
 _BELOW_1 = {"minimum": 0.0, "below": 1.0}
 _NOT_NEGATIVE = {"minimum": 0.0, "below": math.inf}
-_POSITIVE = {"above": 0.0, "below": math.inf}
-_OPTIONS = {  # of all optimizers
-    "lr": _NOT_NEGATIVE,
-    "momentum": _BELOW_1,
-    "weight_decay": _NOT_NEGATIVE,
-    "beta1": _BELOW_1,
-    "beta2": _BELOW_1,
-    "decay": _BELOW_1,
-    "eps": _POSITIVE,
-}
+_OPTIONS = {"lr": _NOT_NEGATIVE, "momentum": _BELOW_1, "weight_decay": _NOT_NEGATIVE}
+_OPTIONS |= {"beta1": _BELOW_1, "beta2": _BELOW_1, "decay": _BELOW_1}
+_OPTIONS |= {"eps": {"above": 0.0, "below": math.inf}}
 
 
-def _optimizer(
-    where: str,
-    update: Callable[..., tuple[Array, Tree]],
-    remembers: Sequence[str],
-    *,
-    flags: dict[str, bool] | None = None,
-    decoupled: bool = False,
-    **options: Any,
-) -> Optimizer:
-    """An optimizer that moves each entry by update(p, g, memory, **options).
+class _Rule(NamedTuple):
+    """An update rule: update(p, g, memory, **options) -> (p, memory), for every entry."""
 
-    lr and momentum may be schedules; weight decay is done here: it adds to the gradient or, if
-    decoupled, shrinks the entry before the update.
-    """
-    for name, option in options.items():
+    name: str
+    update: Callable[..., tuple[Array, Tree]]
+    remembers: Sequence[str]  # quantities, each a tree like params in the state
+    options: Tree  # lr and momentum may be schedules
+    decoupled: bool = False  # weight decay shrinks the entry instead of adding to its gradient
+
+
+def _optimizer(rule: _Rule) -> Optimizer:
+    """An optimizer of a rule, once its options are checked."""
+    for name, option in rule.options.items():
         if not (name in ("lr", "momentum") and callable(option)):
-            options[name] = _number(where, name, option, **_OPTIONS[name])
-    if not options.get("momentum", True):
-        remembers = [quantity for quantity in remembers if quantity != "velocity"]
-    step = partial(
-        _take_step,
-        where=where,
-        update=partial(update, **(flags or {})),
-        remembers=remembers,
-        decoupled=decoupled,
-        options=options,
-    )
-    return Optimizer(partial(_init_state, where=where, remembers=remembers), step)
+            rule.options[name] = _number(rule.name, name, option, **_OPTIONS[name])
+    return Optimizer(partial(_init_state, rule=rule), partial(_take_step, rule=rule))
 
 
 def _zeros_to_remember(name: str, array: Array) -> Array:
     return np.zeros((), np.int64) if name == "count" else np.zeros_like(array)
 
 
-def _init_state(params: Tree, *, where: str, remembers: Sequence[str]) -> Tree:
-    _arrays(where, "params", params)
-    trees = {name: tree_map(partial(_zeros_to_remember, name), params) for name in remembers}
+def _init_state(params: Tree, *, rule: _Rule) -> Tree:
+    _arrays(rule.name, "params", params)
+    trees = {name: tree_map(partial(_zeros_to_remember, name), params) for name in rule.remembers}
     return {"step": np.zeros((), np.int64), "scale": np.ones(()), **trees}
 
 
@@ -2287,87 +2253,78 @@ def _item(value: Any) -> Any:
 
 
 @_quiet
-def _take_step(
-    params: Tree,
-    grads: Tree,
-    state: Tree,
-    *,
-    where: str,
-    update: Callable[..., tuple[Array, Tree]],
-    remembers: Sequence[str],
-    decoupled: bool,
-    options: dict[str, Any],
-) -> tuple[Tree, Tree]:
-    """One step of any optimizer: `update` for every entry of grads, at the rates of this step."""
+def _take_step(params: Tree, grads: Tree, state: Tree, *, rule: _Rule) -> tuple[Tree, Tree]:
+    """One step of any optimizer: the update of every entry of grads, at the rates of this step."""
+    where, options = rule.name, dict(rule.options)
     for name, tree in (("params", params), ("grads", grads), ("state", state)):
         _check_dict(where, name, tree)
     if "key" in params:
         raise ValueError(f"{where}: params have a key; give step those without, not training(...)")
-    own = {"step", "scale", *remembers}
+    own = {"step", "scale", *rule.remembers}
     if not own <= state.keys() <= own | _PLATEAU:
         raise ValueError(f"{where}: the state is not this optimizer's, it has {_names(state)}")
     step = _whole(where, "step in the state", _item(state["step"]), 0)
-    now = dict(options)
-    for name, rate in options.items():
+    for name, rate in rule.options.items():
         if callable(rate):
-            now[name] = _number(where, f"{name} at step {step}", rate(step), **_OPTIONS[name])
-    now["lr"] *= _number(where, "scale in the state", _item(state["scale"]), minimum=0, maximum=1)
-    decay, shrink = now.pop("weight_decay"), 1.0
-    if decoupled:
-        decay, shrink = 0.0, 1 - now["lr"] * decay
-    move = partial(_move, where=where, update=partial(update, **now), decay=decay, shrink=shrink)
-    memory = {quantity: state[quantity] for quantity in remembers}
-    params, memory = _update_tree(where, "", params, grads, memory, move)
+            options[name] = _number(where, f"{name} at step {step}", rate(step), **_OPTIONS[name])
+    scale = _number(where, "scale in the state", _item(state["scale"]), minimum=0, maximum=1)
+    options["lr"] *= scale
+    memory = {quantity: state[quantity] for quantity in rule.remembers}
+    params, memory = _update_tree(rule, "", params, grads, memory, options)
     return params, {**state, **memory, "step": np.array(step + 1)}
 
 
 def _update_tree(
-    where: str, path: str, params: Tree, grads: Tree, memory: Tree, move: Callable[..., Any]
+    rule: _Rule, path: str, params: Tree, grads: Tree, memory: Tree, options: Tree
 ) -> tuple[Tree, Tree]:
     for quantity, tree in memory.items():
         if not isinstance(tree, dict):
-            raise ValueError(f"{where}: the state has no {quantity} of {path or 'params'}")
+            raise ValueError(f"{rule.name}: the state has no {quantity} of {path or 'params'}")
     params = dict(params)
     memory = {quantity: dict(tree) for quantity, tree in memory.items()}
     for name, g in grads.items():
         here = f"{path}/{name}" if path else name
         if name not in params:
-            raise ValueError(f"{where}: grads have an entry {here!r} that params lack")
+            raise ValueError(f"{rule.name}: grads have an entry {here!r} that params lack")
         p = params[name]
         own = {quantity: tree.get(name) for quantity, tree in memory.items()}
-        if isinstance(g, dict) and isinstance(p, dict):
-            params[name], own = _update_tree(where, here, p, g, own, move)
-        else:
-            params[name], own = move(here, p, g, own)
+        both = isinstance(g, dict) and isinstance(p, dict)
+        update = _update_tree if both else _update_entry
+        params[name], own = update(rule, here, p, g, own, options)
         for quantity, value in own.items():
             memory[quantity][name] = value
     return params, memory
 
 
-def _move(
-    path: str, p: Any, g: Any, memory: Tree, *, where: str, update: Any, decay: float, shrink: float
+def _update_entry(
+    rule: _Rule, path: str, p: Any, g: Any, memory: Tree, options: Tree
 ) -> tuple[Array, Tree]:
-    """`update` for one array, checked, and in the dtype of params."""
+    """The update of one array, checked, and in the dtype of params."""
+    where = f"{rule.name}: {path}"
     if not (type(p) is type(g) is np.ndarray and p.dtype == g.dtype and p.dtype.char in "fd"):
-        _check_array(f"{where}: {path}", "params", p)
-        _check_array(f"{where}: {path}", "grads", g)
+        _check_array(where, "params", p)
+        _check_array(where, "grads", g)
         g = g.astype(p.dtype)
     if g.shape != p.shape:
-        raise ValueError(f"{where}: {path}: grads have shape {g.shape}, but params {p.shape}")
+        raise ValueError(f"{where}: grads have shape {g.shape}, but params {p.shape}")
     for quantity, value in memory.items():
         shape, kind = ((), "i") if quantity == "count" else (p.shape, "f")
         if not _is_array(value) or value.shape != shape or value.dtype.kind != kind:
-            raise ValueError(f"{where}: the state has no {quantity} of {path} and of its shape")
+            raise ValueError(f"{rule.name}: the state has no {quantity} of {path} and of its shape")
         if quantity == "count":
-            _whole(f"{where}: {path}", "count in the state", value.item(), 0)
+            _whole(where, "count in the state", value.item(), 0)
         elif value.dtype != p.dtype:
             memory = {**memory, quantity: value.astype(p.dtype)}
     single = p.ndim == 0  # NumPy would turn arrays without axes into numbers
     if single:
         p, g, memory = p[None], g[None], {name: m[None] for name, m in memory.items()}
-    if decay:
+    options = dict(options)
+    decay = options.pop("weight_decay")
+    if decay and rule.decoupled:
+        p = p * (1 - options["lr"] * decay)
+    elif decay:
         g = g + decay * p
-    p, memory = update(p if shrink == 1 else p * shrink, g, memory)
+    p, memory = rule.update(p, g, memory, **options)
     if single:
         p, memory = p[0, ...], {name: m[0, ...] for name, m in memory.items()}
     return p, memory
@@ -2386,6 +2343,12 @@ def _sgd_update(
     return change, {"velocity": velocity}
 
 
+def _momentum(where: str, momentum: Rate) -> Rate:
+    if callable(momentum):
+        return momentum
+    return _number(where, "momentum", momentum, **_BELOW_1)
+
+
 def sgd(
     lr: Rate, momentum: Rate = 0.0, nesterov: bool = False, weight_decay: float = 0.0
 ) -> Optimizer:
@@ -2396,17 +2359,12 @@ def sgd(
     outside [0, 1) or a negative rate or decay.
     """
     _check_bool("sgd", "nesterov", nesterov)
-    if not callable(momentum) and _number("sgd", "momentum", momentum) == 0 and nesterov:
+    momentum = _momentum("sgd", momentum)
+    if nesterov and not momentum:
         raise ValueError("sgd: nesterov needs a momentum above 0")
-    return _optimizer(
-        "sgd",
-        _sgd_update,
-        ["velocity"],
-        flags={"nesterov": nesterov},
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-    )
+    options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    update = partial(_sgd_update, nesterov=nesterov)
+    return _optimizer(_Rule("sgd", update, ["velocity"] if momentum else [], options))
 
 
 def _adam_update(
@@ -2444,14 +2402,14 @@ def adam(
     weight_decay · p. As PyTorch's Adam (Kingma and Ba 2015). ValueError for a beta outside
     [0, 1), an eps that is not positive, a negative rate or decay.
     """
-    options: Tree = {
+    options = {
         "lr": lr,
         "beta1": beta1,
         "beta2": beta2,
         "eps": eps,
         "weight_decay": weight_decay,
     }
-    return _optimizer("adam", _adam_update, ["m", "v", "count"], **options)
+    return _optimizer(_Rule("adam", _adam_update, ["m", "v", "count"], options))
 
 
 def adamw(
@@ -2465,14 +2423,14 @@ def adamw(
 
     As PyTorch's AdamW (Loshchilov and Hutter 2019). Errors as `adam`.
     """
-    options: Tree = {
+    options = {
         "lr": lr,
         "beta1": beta1,
         "beta2": beta2,
         "eps": eps,
         "weight_decay": weight_decay,
     }
-    return _optimizer("adamw", _adam_update, ["m", "v", "count"], decoupled=True, **options)
+    return _optimizer(_Rule("adamw", _adam_update, ["m", "v", "count"], options, decoupled=True))
 
 
 def _rmsprop_update(
@@ -2499,8 +2457,11 @@ def rmsprop(
     Hinton 2012). ValueError for a decay or momentum outside [0, 1), an eps that is not positive,
     a negative rate.
     """
-    options: Tree = {"decay": decay, "eps": eps, "momentum": momentum, "weight_decay": weight_decay}
-    return _optimizer("rmsprop", _rmsprop_update, ["square_average", "velocity"], lr=lr, **options)
+    momentum = _momentum("rmsprop", momentum)
+    remembers = ["square_average", "velocity"] if momentum else ["square_average"]
+    options = {"lr": lr, "decay": decay, "eps": eps, "momentum": momentum}
+    options["weight_decay"] = weight_decay
+    return _optimizer(_Rule("rmsprop", _rmsprop_update, remembers, options))
 
 
 def _adagrad_update(
@@ -2516,8 +2477,8 @@ def adagrad(lr: Rate = 0.01, eps: float = 1e-10, weight_decay: float = 0.0) -> O
     As PyTorch's Adagrad (Duchi et al. 2011). ValueError for an eps that is not positive, a
     negative rate or decay.
     """
-    options: Tree = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
-    return _optimizer("adagrad", _adagrad_update, ["square_sum"], **options)
+    options = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+    return _optimizer(_Rule("adagrad", _adagrad_update, ["square_sum"], options))
 
 
 def _adadelta_update(
@@ -2538,8 +2499,9 @@ def adadelta(
     u <- decay · u + (1 - decay) d²; g includes weight_decay · p. As PyTorch's Adadelta (Zeiler
     2012). ValueError for a decay outside [0, 1), an eps that is not positive, a negative rate.
     """
-    options: Tree = {"lr": lr, "decay": decay, "eps": eps, "weight_decay": weight_decay}
-    return _optimizer("adadelta", _adadelta_update, ["square_average", "change_average"], **options)
+    options = {"lr": lr, "decay": decay, "eps": eps, "weight_decay": weight_decay}
+    remembers = ["square_average", "change_average"]
+    return _optimizer(_Rule("adadelta", _adadelta_update, remembers, options))
 
 
 # ------------------------------------------------------------------------------------------------
