@@ -20,6 +20,8 @@ float32 out; float64 in, float64 out. What overflows becomes inf, without a warn
 Copy this file into your project; it needs NumPy (1.26 or newer) and nothing else.
 """
 
+# mypy: disable-error-code=no-any-return
+
 from __future__ import annotations
 
 import contextlib
@@ -27,65 +29,52 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from functools import WRAPPER_ASSIGNMENTS, partial, wraps
-from typing import IO, Any, NamedTuple, TypeVar, cast
+from functools import lru_cache, partial, wraps
+from typing import IO, Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
 
 __version__ = "0.1.0"
 
 # fmt: off
 __all__ = [
-    # trees
     "tree_map", "tree_flatten", "tree_unflatten", "tree_add", "count_parameters", "global_norm",
-    "clip_gradients",
-    # keys
-    "fold_key", "training",
-    # initializers
-    "zeros", "constant", "normal", "uniform", "xavier_normal", "xavier_uniform", "he_normal",
-    "he_uniform", "orthogonal",
-    # layers
-    "Layer", "linear", "identity", "flatten", "relu", "leaky_relu", "elu", "sigmoid", "tanh",
-    "softplus", "gelu", "silu", "softmax", "log_softmax", "dropout", "batch_norm",
-    "update_statistics", "layer_norm", "conv2d", "max_pool2d", "avg_pool2d", "global_avg_pool2d",
-    "sequential", "residual",
-    # losses
+    "clip_gradients", "fold_key", "training", "zeros", "constant", "normal", "uniform",
+    "xavier_normal", "xavier_uniform", "he_normal", "he_uniform", "orthogonal", "Layer", "linear",
+    "identity", "flatten", "relu", "leaky_relu", "elu", "sigmoid", "tanh", "softplus", "gelu",
+    "silu", "softmax", "log_softmax", "dropout", "batch_norm", "update_statistics", "layer_norm",
+    "conv2d", "max_pool2d", "avg_pool2d", "global_avg_pool2d", "sequential", "residual",
     "softmax_cross_entropy", "cross_entropy", "hinge", "binary_cross_entropy", "mean_squared_error",
-    "mean_absolute_error", "huber", "l2_penalty",
-    # optimizers
-    "Optimizer", "sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta",
-    # schedules
-    "step_decay", "multistep", "exponential", "cosine", "cyclic", "one_cycle", "warmup",
-    "reduce_on_plateau",
-    # gradient checking
-    "check_gradients",
-    # training helpers
-    "value_and_grad", "data_parallel", "accuracy", "batches", "augment",
-    # files and memory
-    "replacing", "save", "load", "keep_freed_memory",
+    "mean_absolute_error", "huber", "l2_penalty", "Optimizer", "sgd", "adam", "adamw", "rmsprop",
+    "adagrad", "adadelta", "step_decay", "multistep", "exponential", "cosine", "cyclic",
+    "one_cycle", "warmup", "reduce_on_plateau", "check_gradients", "value_and_grad",
+    "data_parallel", "accuracy", "batches", "augment", "replacing", "save", "load",
+    "keep_freed_memory",
 ]
 # fmt: on
 
-Array = np.ndarray
+Array = NDArray[Any]
 Tree = dict[str, Any]  # nested dicts whose leaves are arrays
-Key = int | Sequence[int] | np.ndarray
+Key = int | Sequence[int] | Array
 Shape = tuple[int, ...]
+Path = str | os.PathLike[str]
 
 
 # ------------------------------------------------------------------------------------------------
 # Checks of arguments, used by every section
 # ------------------------------------------------------------------------------------------------
 
-_KEY_ONLY = frozenset({"key"})
-
 
 def _kind(value: Any) -> str:
     """What `value` is, in the words of an error message."""
     if isinstance(value, np.ndarray):
         return f"{type(value).__name__} of {value.dtype} and shape {value.shape}"
+    if value is None or (isinstance(value, (bool, int, float, str)) and len(repr(value)) < 40):
+        return repr(value)
     return type(value).__name__
 
 
@@ -135,6 +124,16 @@ def _check_bool(where: str, name: str, value: Any) -> None:
         raise TypeError(f"{where}: {name} must be True or False, got {_kind(value)}")
 
 
+def _check_function(where: str, name: str, value: Any) -> None:
+    if not callable(value):
+        raise TypeError(f"{where}: {name} must be a function, got {_kind(value)}")
+
+
+def _check_dict(where: str, name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise TypeError(f"{where}: {name} must be a dict, got {_kind(value)}")
+
+
 def _is_array(x: Any) -> bool:
     """Whether x is an array, but neither masked nor a matrix, which compute in other ways."""
     if type(x) is np.ndarray:
@@ -150,8 +149,6 @@ def _check_numbers(where: str, name: str, x: Any) -> None:
 
 def _check_array(where: str, name: str, x: Any) -> None:
     """Refuse everything that is not an array of float32 or float64."""
-    if type(x) is np.ndarray and x.dtype.char in "fd":
-        return
     if not _is_array(x):
         raise TypeError(f"{where}: {name} must be a NumPy array, got {_kind(x)}")
     if x.dtype.char not in "fd":
@@ -161,66 +158,17 @@ def _check_array(where: str, name: str, x: Any) -> None:
         )
 
 
-def _check_params(where: str, params: Any, names: Any = _KEY_ONLY) -> None:
-    """Refuse params that are no dict or have an entry that the layer does not know."""
-    if not isinstance(params, dict):
-        raise TypeError(f"{where}: params must be a dict, got {_kind(params)}")
-    if params and not params.keys() <= names:
-        unknown = sorted(map(str, params.keys() - names))
-        known = sorted(names - _KEY_ONLY)
-        raise ValueError(f"{where}: params have unknown entries {unknown}, expected {known}")
-
-
-def _check_input(where: str, params: Any, x: Any, names: Any = _KEY_ONLY) -> None:
-    """What every layer asks of params and x."""
-    _check_array(where, "x", x)
-    _check_params(where, params, names)
-    if not x.ndim:
-        raise ValueError(f"{where}: x must have a batch axis, got shape ()")
-
-
-def _entry(where: str, tree: Any, name: str, dtype: np.dtype) -> Array:
-    """The array `tree[name]` (of params or of a cache) in `dtype`."""
-    try:
-        array = tree[name]
-    except (KeyError, TypeError, IndexError):
-        raise ValueError(f"{where}: there is no entry {name!r} in {_names(tree)}") from None
-    _check_array(where, name, array)
-    return array if array.dtype == dtype else array.astype(dtype)
-
-
-def _names(tree: Any) -> str:
-    return str(sorted(map(str, tree))) if isinstance(tree, dict) else _kind(tree)
-
-
-def _check_gradient(where: str, dy: Any, shape: Shape, dtype: np.dtype) -> Array:
-    """dy in `dtype`; refused unless it has the shape of y."""
-    if type(dy) is not np.ndarray or dy.dtype != dtype:
-        _check_array(where, "dy", dy)
-        dy = dy.astype(dtype)
-    if dy.shape != shape:
-        raise ValueError(f"{where}: dy has shape {dy.shape}, but y has {shape}")
-    return dy
-
-
-def _check_backward(where: str, params: Any, cache: Any, dy: Any) -> Array:
-    """dy in the dtype of the cache, for a layer without params whose cache has the shape of y."""
-    _check_params(where, params)
-    _check_array(where, "cache", cache)
-    return _check_gradient(where, dy, cache.shape, cache.dtype)
-
-
-def _check_shape(where: str, shape: Any, lengths: tuple[int, ...] | None = None) -> Shape:
-    """`shape` (without the batch axis) as a tuple of ints, with one of the allowed lengths."""
+def _check_shape(where: str, shape: Any) -> Shape:
+    """`shape` as a tuple of positive ints."""
     if not isinstance(shape, (tuple, list)):
         raise TypeError(
             f"{where}: shape must be a tuple without the batch axis, got {_kind(shape)}"
         )
-    shape = tuple(_whole(where, "every size in shape", size, 1) for size in shape)
-    if lengths is not None and len(shape) not in lengths:
-        expected = " or ".join(map(str, lengths))
-        raise ValueError(f"{where}: shape {shape} has {len(shape)} axes, expected {expected}")
-    return shape
+    return tuple(_whole(where, "every size in shape", size, 1) for size in shape)
+
+
+def _names(tree: Any) -> str:
+    return str(sorted(map(str, tree))) if isinstance(tree, dict) else _kind(tree)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -231,24 +179,28 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _QUIET = ContextVar("quiet", default=False)
 
 
-def _quiet(function: _Function) -> _Function:
-    """`function` without NumPy's warnings: what overflows is inf, and inf - inf is nan.
+def _call_quietly(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """The result of a function, without NumPy's warnings: what overflows is inf.
 
     This holds for all that it calls, layers of the user's own as well. np.errstate takes a
     microsecond, so only the outermost function enters it; those within just see that it is set.
     """
-
-    # By __kwdefaults__ `_takes_need_dx` knows what a function takes.
-    @wraps(function, (*WRAPPER_ASSIGNMENTS, "__kwdefaults__"))
-    def quiet(*arguments: Any, **options: Any) -> Any:
-        if _QUIET.get():
+    token = _QUIET.set(True)
+    try:
+        with np.errstate(all="ignore"):
             return function(*arguments, **options)
-        token = _QUIET.set(True)
-        try:
-            with np.errstate(all="ignore"):
-                return function(*arguments, **options)
-        finally:
-            _QUIET.reset(token)
+    finally:
+        _QUIET.reset(token)
+
+
+def _quiet(function: _Function) -> _Function:
+    """A decorator: `function` without NumPy's warnings."""
+
+    @wraps(function)
+    def quiet(*arguments: Any, **options: Any) -> Any:
+        if not _QUIET.get():
+            return _call_quietly(function, *arguments, **options)
+        return function(*arguments, **options)
 
     return cast(_Function, quiet)
 
@@ -554,135 +506,337 @@ def orthogonal(key: Key, shape: Shape) -> Array:
 
 
 # ------------------------------------------------------------------------------------------------
-# Layers
+# Layers: what they are, and what they take
 # ------------------------------------------------------------------------------------------------
 
 
-class Layer(NamedTuple):
-    """A layer: three pure functions with its options bound by functools.partial.
+Init = Callable[[Key, Shape], tuple[Tree, Shape]]
+Forward = Callable[[Tree, Array], tuple[Array, Any]]
+Backward = Callable[[Tree, Any, Array], tuple[Any, Tree]]
 
-    Any object with these functions is as good. A `backward` may take the keyword
-    `need_dx=True`; told `need_dx=False`, it may return None for dx: the first layer of a network
-    saves a third of its work when nobody wants the gradient of the data.
+
+class Differentiable(Protocol):
+    """Anything with a forward and a backward."""
+
+    @property
+    def forward(self) -> Forward: ...
+    @property
+    def backward(self) -> Backward: ...
+
+
+class LayerLike(Differentiable, Protocol):
+    """Anything with the three functions of a layer."""
+
+    @property
+    def init(self) -> Init: ...
+
+
+class _Functions(NamedTuple):
+    init: Init
+    forward: Forward
+    backward: Backward
+
+
+class Layer(_Functions):
+    """A layer: three pure functions over params, a dict of arrays.
+
+        init(key, shape) -> (params, output shape)      without the batch axis
+        forward(params, x) -> (y, cache)
+        backward(params, cache, dy) -> (dx, grads)
+
+    Any object with these functions is as good; they are called with arguments by position.
+
+    Where nobody wants dx, as of the first layer of a network that trains, `backward` is called with
+    `need_dx=False` as well, and may then return None for dx: a third of that layer's work. If it
+    does not take this keyword, a TypeError says so, and it is called again without.
     """
 
-    init: Callable[..., Any]  # (key, shape) -> (params, output shape), without the batch axis
-    forward: Callable[..., Any]  # (params, x) -> (y, cache)
-    backward: Callable[..., Any]  # (params, cache, dy) -> (dx, grads)
+    _code: str | None = None  # the call that made it
+
+    def __repr__(self) -> str:
+        return self._code or f"Layer({', '.join(map(_as_code, self))})"
+
+
+def _as_code(value: Any) -> str:
+    """A value as one would write it: functions by their names, `normal(0.02)` for its partial."""
+    if isinstance(value, partial):
+        arguments = map(_as_code, [*value.args, *value.keywords.values()])
+        return f"{_as_code(value.func).lstrip('_')}({', '.join(arguments)})"
+    return getattr(value, "__name__", None) or repr(value)
+
+
+def _constructor(function: _Function) -> _Function:
+    """`function`, whose layers show as the call that made them."""
+
+    @wraps(function)
+    def construct(*arguments: Any, **options: Any) -> Layer:
+        layer: Layer = function(*arguments, **options)
+        written = [_as_code(value) for value in arguments]
+        written += [f"{name}={_as_code(value)}" for name, value in options.items()]
+        layer._code = f"{function.__name__}({', '.join(written)})"
+        return layer
+
+    return cast(_Function, construct)
+
+
+_WORDS = {"in": "features", "out": "outputs", "C": "channels"}  # of axes, for messages
+
+
+def _bind(axes: Sequence[str], shape: Shape) -> dict[str, Any] | None:
+    """{axis: size}, a tuple of sizes for "..."; None where `shape` does not have these axes."""
+    sizes: tuple[Any, ...] = shape
+    if "..." in axes:
+        start = axes.index("...")
+        stop = len(shape) - (len(axes) - start - 1)
+        if stop < start:
+            return None
+        sizes = (*shape[:start], shape[start:stop], *shape[stop:])
+    if len(axes) != len(sizes):
+        return None
+    bound = dict(zip(axes, sizes, strict=True))
+    return None if any(size == 0 and axis != "N" for axis, size in bound.items()) else bound
+
+
+def _axes(*forms: Sequence[str]) -> str:
+    """Axes as one writes a shape: (N, ..., in)."""
+    return " or ".join(f"({', '.join(axes)}{',' * (len(axes) == 1)})" for axes in forms)
+
+
+class _Form:
+    """What a layer takes and gives, in the names of axes; it is checked here for every layer.
+
+    `_Form("N ... in", y="N ... out", W="in out", b_="out")`: x may have axes between its first and
+    its last; the first axis of W is as long as the last of x; b may be missing, as the underscore
+    says. Alternative forms of x are parted by "|". Without `y` it has the shape of x; where y is
+    "", the layer checks dy. Only N, the batch, and what "..." stands for may be empty.
+    """
+
+    def __init__(self, x: str, *, y: str | None = None, hint: str = "", **entries: str) -> None:
+        self.x = [axes.split() for axes in x.split("|")]
+        self.y = None if y is None else y.split()
+        self.hint = hint  # for an x that lacks one axis
+        self.entries = {name.rstrip("_"): axes.split() for name, axes in entries.items()}
+        self.optional = {name.rstrip("_") for name in entries if name.endswith("_")}
+        self.known = frozenset(self.entries) | {"key"}
+
+    def shape(self, layer: str, shape: Any) -> Shape:
+        """The shape of one sample, checked: where `init` begins."""
+        shape = _check_shape(layer, shape)
+        samples = [axes[1:] for axes in self.x]
+        if all(_bind(axes, shape) is None for axes in samples):
+            raise ValueError(f"{layer}: shape must be {_axes(*samples)}, got {shape}")
+        return shape
+
+    def params(self, layer: str, params: Tree, x: Array, what: str = "x") -> tuple[Tree, Shape]:
+        """The params in the dtype of x, and the shape of y, once they and x are checked."""
+        if type(x) is not np.ndarray or x.dtype.char not in "fd":
+            _check_array(layer, what, x)
+        if not isinstance(params, dict) or not params.keys() <= self.known:
+            _check_names(layer, params, self.entries)
+        shapes: list[Shape | None] = []
+        for name in self.entries:
+            array = params.get(name)
+            if type(array) is not np.ndarray or array.dtype is not x.dtype:
+                if name in self.optional and name not in params:
+                    shapes.append(None)
+                    continue
+                array = _entry(layer, params, name, x.dtype)
+                params = {**params, name: array}
+            shapes.append(array.shape)
+        return params, _check_axes(self, layer, what, x.shape, tuple(shapes))
+
+    def forward(self, function: _Function) -> _Function:
+        """A decorator: function(params, x), checked and without NumPy's warnings."""
+        layer = function.__name__.removesuffix("_forward")
+
+        @wraps(function)
+        def forward(params: Tree, x: Array, **options: Any) -> Any:
+            if not _QUIET.get():
+                return _call_quietly(forward, params, x, **options)
+            params, _ = self.params(layer, params, x)
+            return function(params, x, **options)
+
+        return cast(_Function, forward)
+
+    def backward(self, *entries: str) -> Callable[[_Function], _Function]:
+        """A decorator: function(params, cache, dy), checked and without NumPy's warnings.
+
+        The cache is x (or y, of the same shape); with `entries`, a dict of these arrays at least,
+        the first of them in the shape of x.
+        """
+
+        def decorate(function: _Function) -> _Function:
+            layer = function.__name__.removesuffix("_backward")
+
+            @wraps(function)
+            def backward(params: Tree, cache: Any, dy: Array, **options: Any) -> Any:
+                if not _QUIET.get():
+                    return _call_quietly(backward, params, cache, dy, **options)
+                if entries:
+                    cache = _own_cache(layer, cache, entries)
+                x, what = (cache[entries[0]], entries[0]) if entries else (cache, "cache")
+                params, shape = self.params(layer, params, x, what)
+                if self.y != []:
+                    dy = _gradient(layer, dy, shape, x.dtype)
+                return function(params, cache, dy, **options)
+
+            return cast(_Function, backward)
+
+        return decorate
+
+
+def _check_names(where: str, params: Any, known: Iterable[str]) -> None:
+    """Refuse params that are no dict or have an entry of another layer."""
+    _check_dict(where, "params", params)
+    unknown = sorted(map(str, params.keys() - known - {"key"}))
+    if unknown:
+        expected = sorted(known)
+        raise ValueError(f"{where}: params have unknown entries {unknown}, expected {expected}")
+
+
+def _entry(where: str, tree: Tree, name: str, dtype: np.dtype[Any]) -> Array:
+    """The array `tree[name]` in `dtype`."""
+    if name not in tree:
+        raise ValueError(f"{where}: there is no entry {name!r} in {_names(tree)}")
+    _check_array(where, name, tree[name])
+    return tree[name].astype(dtype, copy=False)
+
+
+def _own_cache(where: str, cache: Any, entries: Sequence[str]) -> Tree:
+    """A cache with these arrays, in the dtype of the first; ValueError for another layer's."""
+    if not isinstance(cache, dict) or not cache.keys() >= set(entries):
+        raise ValueError(f"{where}: the cache is not its own, it holds {_names(cache)}")
+    _check_array(where, entries[0], cache[entries[0]])
+    dtype = cache[entries[0]].dtype
+    return {**cache, **{name: _entry(where, cache, name, dtype) for name in entries}}
+
+
+@lru_cache(maxsize=1024)  # the shapes of one step come again in the next
+def _check_axes(
+    form: _Form, layer: str, what: str, x: Shape, entries: tuple[Shape | None, ...]
+) -> Shape:
+    """The shape of y; ValueError where shapes do not fit the form or each other."""
+    bound = [(axes, sizes) for axes in form.x if (sizes := _bind(axes, x)) is not None]
+    if not bound:
+        hint = form.hint if len(x) == 3 else ""
+        raise ValueError(f"{layer}: {what} must be {_axes(*form.x)}, got shape {x}{hint}")
+    axes, sizes = bound[0]
+    owners = dict.fromkeys(sizes, what)
+    for (name, own_axes), shape in zip(form.entries.items(), entries, strict=True):
+        if shape is None:
+            continue
+        if (own := _bind(own_axes, shape)) is None:
+            raise ValueError(f"{layer}: {name} must be {_axes(own_axes)}, got shape {shape}")
+        for axis, size in own.items():
+            if sizes.setdefault(axis, size) != size:
+                has = f"{owners[axis]} has {sizes[axis]} {_WORDS.get(axis, axis)}"
+                raise ValueError(f"{layer}: {has}, but {name} takes {size}")
+            owners.setdefault(axis, name)
+    y: Shape = ()
+    for axis in axes if form.y is None else form.y:
+        y += sizes[axis] if axis == "..." else (sizes[axis],)
+    return y
+
+
+def _gradient(where: str, dy: Any, shape: Shape, dtype: np.dtype[Any]) -> Array:
+    """dy in `dtype`; refused unless it has the shape of y."""
+    if type(dy) is not np.ndarray or dy.dtype is not dtype:
+        _check_array(where, "dy", dy)
+        dy = dy.astype(dtype, copy=False)
+    if dy.shape != shape:
+        raise ValueError(f"{where}: dy has shape {dy.shape}, but y has {shape}")
+    return dy
+
+
+_ANY = _Form("N ...")  # what element-wise layers take
+_CLASSES = _Form("N ... classes")
+_IMAGES = {"x": "N C H W", "hint": "; a single image needs x[None], gray images need x[:, None]"}
+_POOLED = _Form(**_IMAGES, y="")
 
 
 # --- dense ---
 
-_WEIGHTED = frozenset({"W", "b", "key"})  # the entries of linear and conv2d
+_LINEAR = _Form("N ... in", y="N ... out", W="in out", b_="out")
 
 
-def _check_options(where: str, out: Any, init: Any, bias: Any) -> int:
-    """What linear and conv2d ask of these options; `out` as an int."""
+def _weight_options(where: str, out: Any, init: Any, bias: Any) -> dict[str, Any]:
+    """The options of layers with weights, checked."""
     _check_bool(where, "bias", bias)
-    if not callable(init):
-        raise TypeError(
-            f"{where}: init must be a function (key, shape) -> array, got {_kind(init)}"
-        )
-    return _whole(where, "out", out, 1)
+    _check_function(where, "init", init)
+    return {"out": _whole(where, "out", out, 1), "init": init, "bias": bias}
 
 
-def _first_params(
-    where: str, key: Key, init: Initializer, shape: Shape, biases: int
+def _weights(
+    where: str, key: Key, init: Initializer, shape: Shape, out: int, bias: bool
 ) -> dict[str, Array]:
-    """W of `shape` from `init`, and b of so many zeros unless there are none."""
+    """W of `shape` from `init`; b (out,) of zeros if there are biases."""
     W = init(fold_key(key, 0), shape)
     _check_array(where, "what init gave", W)
     if W.shape != shape:
         raise ValueError(f"{where}: init gave shape {W.shape}, expected {shape}")
-    return {"W": W, "b": np.zeros(biases, np.float32)} if biases else {"W": W}
-
-
-def _bias(where: str, params: Tree, out: int, dtype: np.dtype) -> Array:
-    b = _entry(where, params, "b", dtype)
-    if b.shape != (out,):
-        raise ValueError(f"{where}: b must have shape {(out,)}, got {b.shape}")
-    return b
+    return {"W": W, "b": np.zeros(out, np.float32)} if bias else {"W": W}
 
 
 def linear_init(
     key: Key, shape: Shape, *, out: int, init: Initializer, bias: bool
 ) -> tuple[Tree, Shape]:
     """W (in, out) from `init`, b (out,) of zeros; shape (..., in) becomes (..., out)."""
-    out = _check_options("linear", out, init, bias)
-    shape = _check_shape("linear", shape)
-    if not shape:
-        raise ValueError("linear: shape () has no axis of features; put flatten() before it")
-    params = _first_params("linear", key, init, (shape[-1], out), out if bias else 0)
-    return params, (*shape[:-1], out)
+    *leading, features = _LINEAR.shape("linear", shape)
+    return _weights("linear", key, init, (features, out), out, bias), (*leading, out)
 
 
-def _linear_weight(params: Tree, x: Array) -> Array:
-    W = _entry("linear", params, "W", x.dtype)
-    if W.ndim != 2:
-        raise ValueError(f"linear: W must be (in, out), got shape {W.shape}")
-    if x.ndim < 2:
-        raise ValueError(f"linear: x must be (N, ..., in), got shape {x.shape}")
-    if x.shape[-1] != W.shape[0]:
-        raise ValueError(f"linear: x has {x.shape[-1]} features, but W takes {W.shape[0]}")
-    return W
-
-
-@_quiet
+@_LINEAR.forward
 def linear_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = x W + b, for x (N, ..., in) and y (N, ..., out)."""
-    _check_input("linear", params, x, _WEIGHTED)
-    W = _linear_weight(params, x)
-    y = x @ W
+    y = x @ params["W"]
     if "b" in params:
-        y += _bias("linear", params, W.shape[1], x.dtype)
+        y += params["b"]
     return y, x
 
 
-@_quiet
+@_LINEAR.backward()
 def linear_backward(
     params: Tree, cache: Array, dy: Array, *, need_dx: bool = True
 ) -> tuple[Array | None, Tree]:
     """dx = dy Wᵀ, dW = xᵀ dy, db = Σ dy over all axes but the last."""
-    x = cache
-    _check_array("linear", "cache", x)
-    _check_params("linear", params, _WEIGHTED)
-    W = _linear_weight(params, x)
-    dy = _check_gradient("linear", dy, (*x.shape[:-1], W.shape[1]), x.dtype)
-    rows = dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[-1])
-    grads = {"W": (x if x.ndim == 2 else x.reshape(-1, x.shape[-1])).T @ rows}
+    x = cache.reshape(-1, cache.shape[-1])
+    rows = dy.reshape(-1, dy.shape[-1])
+    grads = {"W": x.T @ rows}
     if "b" in params:
         grads["b"] = rows.sum(axis=0)
-    return (dy @ W.T if need_dx else None), grads
+    return (dy @ params["W"].T if need_dx else None), grads
 
 
+@_constructor
 def linear(out: int, *, init: Initializer = he_normal, bias: bool = True) -> Layer:
     """Fully connected layer with `out` units: y = x W + b. Any number of leading axes."""
-    out = _check_options("linear", out, init, bias)
-    return Layer(
-        partial(linear_init, out=out, init=init, bias=bias), linear_forward, linear_backward
-    )
+    options = _weight_options("linear", out, init, bias)
+    return Layer(partial(linear_init, **options), linear_forward, linear_backward)
 
 
 # --- shape ---
 
+_FLATTEN = _Form("N ...", y="")
+
 
 def identity_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
     """No params, and the shape stays: also the `init` of every activation."""
-    return {}, _check_shape("identity", shape)
+    return {}, _ANY.shape("identity", shape)
 
 
+@_ANY.forward
 def identity_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = x."""
-    _check_input("identity", params, x)
     return x, x
 
 
-@_quiet
+@_ANY.backward()
 def identity_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy."""
-    return _check_backward("identity", params, cache, dy), {}
+    return dy, {}
 
 
+@_constructor
 def identity() -> Layer:
     """y = x, any shape."""
     return Layer(identity_init, identity_forward, identity_backward)
@@ -690,26 +844,24 @@ def identity() -> Layer:
 
 def flatten_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
     """No params; shape (a, b, ...) becomes (a·b·...,)."""
-    return {}, (math.prod(_check_shape("flatten", shape)),)
+    return {}, (math.prod(_FLATTEN.shape("flatten", shape)),)
 
 
+@_FLATTEN.forward
 def flatten_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y (N, a·b·...) holds the entries of x (N, a, b, ...) in C order."""
-    _check_input("flatten", params, x)
     # The batch last, so that rows (H, C, W, N) of a convolution are copied in long stretches.
     return np.moveaxis(x, 0, -1).reshape(math.prod(x.shape[1:]), len(x)).T, x
 
 
-@_quiet
+@_FLATTEN.backward()
 def flatten_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx is dy in the shape of x."""
-    x = cache
-    _check_params("flatten", params)
-    _check_array("flatten", "cache", x)
-    dy = _check_gradient("flatten", dy, (*x.shape[:1], math.prod(x.shape[1:])), x.dtype)
-    return dy.reshape(x.shape), {}
+    shape = len(cache), math.prod(cache.shape[1:])
+    return _gradient("flatten", dy, shape, cache.dtype).reshape(cache.shape), {}
 
 
+@_constructor
 def flatten() -> Layer:
     """(N, a, b, ...) -> (N, a·b·...), as PyTorch's Flatten."""
     return Layer(flatten_init, flatten_forward, flatten_backward)
@@ -718,77 +870,66 @@ def flatten() -> Layer:
 # --- activations: element by element, any shape ---
 
 
+@_ANY.forward
 def relu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = max(x, 0)."""
-    _check_input("relu", params, x)
-    y = np.clip(x, 0, np.inf)  # NumPy has no vector code for np.maximum(x, 0)
+    y = x.clip(0, np.inf)  # NumPy has no vector code for np.maximum(x, 0)
     return y, y
 
 
-@_quiet
+@_ANY.backward()
 def relu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy where y > 0, else 0."""
-    dy = _check_backward("relu", params, cache, dy)
     dx = (cache > 0).astype(cache.dtype)
     dx *= dy
     return dx, {}
 
 
+@_constructor
 def relu() -> Layer:
     """max(x, 0); its gradient at 0 is 0."""
     return Layer(identity_init, relu_forward, relu_backward)
 
 
-def _slope(slope: Any) -> float:
-    return _number("leaky_relu", "slope", slope, above=-math.inf, below=math.inf)
-
-
-@_quiet
+@_ANY.forward
 def leaky_relu_forward(params: Tree, x: Array, *, slope: float) -> tuple[Array, Array]:
     """y = x where x > 0, else slope · x."""
-    _check_input("leaky_relu", params, x)
-    slope = _slope(slope)
     return np.where(x > 0, x, slope * x), x
 
 
-@_quiet
+@_ANY.backward()
 def leaky_relu_backward(
     params: Tree, cache: Array, dy: Array, *, slope: float
 ) -> tuple[Array, Tree]:
     """dx = dy where x > 0, else slope · dy."""
-    dy = _check_backward("leaky_relu", params, cache, dy)
-    return np.where(cache > 0, dy, _slope(slope) * dy), {}
+    return np.where(cache > 0, dy, slope * dy), {}
 
 
+@_constructor
 def leaky_relu(slope: float = 0.01) -> Layer:
     """x where x > 0, else slope · x (Maas et al. 2013)."""
-    slope = _slope(slope)
+    slope = _number("leaky_relu", "slope", slope, above=-math.inf, below=math.inf)
     forward = partial(leaky_relu_forward, slope=slope)
     return Layer(identity_init, forward, partial(leaky_relu_backward, slope=slope))
 
 
-def _alpha(alpha: Any) -> float:
-    return _number("elu", "alpha", alpha, above=0, below=math.inf)
-
-
-@_quiet
+@_ANY.forward
 def elu_forward(params: Tree, x: Array, *, alpha: float) -> tuple[Array, Array]:
     """y = x where x > 0, else alpha · (exp(x) - 1)."""
-    _check_input("elu", params, x)
-    y = np.where(x > 0, x, _alpha(alpha) * np.expm1(np.minimum(x, 0)))
+    y = np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0)))
     return y, y
 
 
-@_quiet
+@_ANY.backward()
 def elu_backward(params: Tree, cache: Array, dy: Array, *, alpha: float) -> tuple[Array, Tree]:
     """dx = dy where y > 0, else dy · alpha · exp(x) = dy · (y + alpha)."""
-    y, dy = cache, _check_backward("elu", params, cache, dy)
-    return np.where(y > 0, dy, dy * (y + _alpha(alpha))), {}
+    return np.where(cache > 0, dy, dy * (cache + alpha)), {}
 
 
+@_constructor
 def elu(alpha: float = 1.0) -> Layer:
     """x where x > 0, else alpha · (exp(x) - 1) (Clevert et al. 2016)."""
-    alpha = _alpha(alpha)
+    alpha = _number("elu", "alpha", alpha, above=0, below=math.inf)
     forward = partial(elu_forward, alpha=alpha)
     return Layer(identity_init, forward, partial(elu_backward, alpha=alpha))
 
@@ -798,60 +939,63 @@ def _sigmoid(x: Array) -> Array:
     return np.exp(np.minimum(x, 0)) / (1 + np.exp(-np.abs(x)))
 
 
+@_ANY.forward
 def sigmoid_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = 1 / (1 + exp(-x))."""
-    _check_input("sigmoid", params, x)
     y = _sigmoid(x)
     return y, y
 
 
-@_quiet
+@_ANY.backward()
 def sigmoid_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy · y · (1 - y)."""
-    return _check_backward("sigmoid", params, cache, dy) * (cache * (1 - cache)), {}
+    return dy * (cache * (1 - cache)), {}
 
 
+@_constructor
 def sigmoid() -> Layer:
     """1 / (1 + exp(-x))."""
     return Layer(identity_init, sigmoid_forward, sigmoid_backward)
 
 
+@_ANY.forward
 def tanh_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = tanh(x)."""
-    _check_input("tanh", params, x)
     y = np.tanh(x)
     return y, y
 
 
-@_quiet
+@_ANY.backward()
 def tanh_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy · (1 - y²)."""
-    return _check_backward("tanh", params, cache, dy) * (1 - cache * cache), {}
+    return dy * (1 - cache * cache), {}
 
 
+@_constructor
 def tanh() -> Layer:
     """tanh(x)."""
     return Layer(identity_init, tanh_forward, tanh_backward)
 
 
+@_ANY.forward
 def softplus_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = log(1 + exp(x))."""
-    _check_input("softplus", params, x)
     return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))), x
 
 
-@_quiet
+@_ANY.backward()
 def softplus_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy · sigmoid(x)."""
-    return _check_backward("softplus", params, cache, dy) * _sigmoid(cache), {}
+    return dy * _sigmoid(cache), {}
 
 
+@_constructor
 def softplus() -> Layer:
     """log(1 + exp(x)), a smooth relu."""
     return Layer(identity_init, softplus_forward, softplus_backward)
 
 
-_GELU = math.sqrt(2 / math.pi)
+_SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 
 
 def _gelu_tanh(x: Array) -> tuple[Array, Array]:
@@ -860,45 +1004,43 @@ def _gelu_tanh(x: Array) -> tuple[Array, Array]:
     The tanh is exactly ±1 beyond |x| = 10, so clipping there keeps x³ from overflowing.
     """
     clipped = np.clip(x, -10, 10)
-    return clipped, np.tanh(_GELU * clipped * (1 + 0.044715 * clipped * clipped))
+    return clipped, np.tanh(_SQRT_2_OVER_PI * clipped * (1 + 0.044715 * clipped * clipped))
 
 
-@_quiet
+@_ANY.forward
 def gelu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = x/2 · (1 + tanh(sqrt(2/π) · (x + 0.044715 x³)))."""
-    _check_input("gelu", params, x)
     return 0.5 * x * (1 + _gelu_tanh(x)[1]), x
 
 
-@_quiet
+@_ANY.backward()
 def gelu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy · ((1 + t)/2 + x/2 · (1 - t²) · sqrt(2/π) · (1 + 3 · 0.044715 x²)), t the tanh."""
-    dy = _check_backward("gelu", params, cache, dy)
-    clipped, t = _gelu_tanh(cache)
-    inner = _GELU * (1 + 3 * 0.044715 * clipped * clipped)
-    return dy * (0.5 * (1 + t) + 0.5 * clipped * (1 - t * t) * inner), {}
+    x, t = _gelu_tanh(cache)
+    inner = _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x)
+    return dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner), {}
 
 
+@_constructor
 def gelu() -> Layer:
     """x · Φ(x) in its tanh form (Hendrycks and Gimpel 2016); NumPy has no erf."""
     return Layer(identity_init, gelu_forward, gelu_backward)
 
 
-@_quiet
+@_ANY.forward
 def silu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = x · sigmoid(x)."""
-    _check_input("silu", params, x)
     return x * _sigmoid(x), x
 
 
-@_quiet
+@_ANY.backward()
 def silu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy · s · (1 + x · (1 - s)), s = sigmoid(x)."""
-    x, dy = cache, _check_backward("silu", params, cache, dy)
-    s = _sigmoid(x)
+    x, s = cache, _sigmoid(cache)
     return dy * (s * (1 + x * _sigmoid(-x))), {}
 
 
+@_constructor
 def silu() -> Layer:
     """x · sigmoid(x), also called swish (Hendrycks and Gimpel 2016)."""
     return Layer(identity_init, silu_forward, silu_backward)
@@ -906,122 +1048,89 @@ def silu() -> Layer:
 
 def softmax_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
     """No params, and the shape stays; it needs an axis of classes. Also for log_softmax."""
-    shape = _check_shape("softmax", shape)
-    if not shape:
-        raise ValueError("softmax: shape () has no axis of classes")
-    return {}, shape
+    return {}, _CLASSES.shape("softmax", shape)
 
 
-def _check_classes(where: str, x: Any) -> None:
-    _check_array(where, "x", x)
-    if x.ndim < 2 or x.shape[-1] == 0:
-        raise ValueError(f"{where}: x must be (N, ..., classes), got shape {x.shape}")
-
-
-@_quiet
+@_CLASSES.forward
 def softmax_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = exp(x) / Σ exp(x) over the last axis."""
-    _check_classes("softmax", x)
-    _check_params("softmax", params)
     y = np.exp(x - x.max(axis=-1, keepdims=True))
     y /= y.sum(axis=-1, keepdims=True)
     return y, y
 
 
-@_quiet
+@_CLASSES.backward()
 def softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = y · (dy - Σ dy · y)."""
-    y, dy = cache, _check_backward("softmax", params, cache, dy)
-    return y * (dy - (dy * y).sum(axis=-1, keepdims=True)), {}
+    return cache * (dy - (dy * cache).sum(axis=-1, keepdims=True)), {}
 
 
+@_constructor
 def softmax() -> Layer:
     """exp(x) / Σ exp(x) over the last axis. Before `softmax_cross_entropy` leave it out."""
     return Layer(softmax_init, softmax_forward, softmax_backward)
 
 
-@_quiet
+@_CLASSES.forward
 def log_softmax_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = x - log Σ exp(x) over the last axis."""
-    _check_classes("log_softmax", x)
-    _check_params("log_softmax", params)
     y = x - x.max(axis=-1, keepdims=True)
     y -= np.log(np.exp(y).sum(axis=-1, keepdims=True))
     return y, y
 
 
-@_quiet
+@_CLASSES.backward()
 def log_softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy - exp(y) · Σ dy."""
-    dy = _check_backward("log_softmax", params, cache, dy)
     return dy - np.exp(cache) * dy.sum(axis=-1, keepdims=True), {}
 
 
+@_constructor
 def log_softmax() -> Layer:
     """x - log Σ exp(x) over the last axis."""
     return Layer(softmax_init, log_softmax_forward, log_softmax_backward)
 
 
-# --- regularisers ---
+# --- regularizers ---
 
 
-def _rate_of_dropout(rate: Any) -> float:
-    return _number("dropout", "rate", rate, minimum=0, below=1)
-
-
-@_quiet
+@_ANY.forward
 def dropout_forward(params: Tree, x: Array, *, rate: float) -> tuple[Array, Tree]:
-    """y = x · mask / (1 - rate), mask 0 with probability rate, from params["key"]; else y = x."""
-    _check_input("dropout", params, x)
-    rate = _rate_of_dropout(rate)
+    """y = x · mask, mask 0 with probability rate, else 1 / (1 - rate), from params["key"].
+
+    Without a key mask is 1 everywhere.
+    """
     if "key" not in params:
-        return x, {"x": x}
+        return x, {"mask": np.broadcast_to(x.dtype.type(1), x.shape)}
     mask = (_generator(params["key"]).random(x.shape, np.float32) >= rate).astype(x.dtype)
     mask *= 1 / (1 - rate)
     return x * mask, {"mask": mask}
 
 
-@_quiet
+@_ANY.backward("mask")
 def dropout_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]:
-    """dx = dy · mask / (1 - rate); dx = dy at inference."""
-    if not isinstance(cache, dict) or not cache.keys() & {"mask", "x"}:
-        raise ValueError(f"dropout: the cache is not its own, it holds {_names(cache)}")
-    if "mask" not in cache:
-        return _check_backward("dropout", params, cache["x"], dy), {}
-    mask = cache["mask"]
-    return _check_backward("dropout", params, mask, dy) * mask, {}
+    """dx = dy · mask."""
+    return dy * cache["mask"], {}
 
 
+@_constructor
 def dropout(rate: float) -> Layer:
     """Drops each entry with probability `rate` while training and scales up what stays.
 
     At inference it is the identity ("inverted" dropout; Srivastava et al. 2014).
     """
-    rate = _rate_of_dropout(rate)
+    rate = _number("dropout", "rate", rate, minimum=0, below=1)
     return Layer(identity_init, partial(dropout_forward, rate=rate), dropout_backward)
 
 
-# --- normalisation ---
+# --- normalization ---
 
-_BATCH_NORM = frozenset({"gamma", "beta", "mean", "var", "key"})
-
-
-def _eps(where: str, eps: Any) -> float:
-    return _number(where, "eps", eps, above=0, below=math.inf)
-
-
-def _vector(where: str, params: Tree, name: str, x: Array, axis: int) -> Array:
-    """The entry of params with a value for each channel (axis 1) or feature (axis -1) of x."""
-    entry = _entry(where, params, name, x.dtype)
-    if entry.shape != (x.shape[axis],):
-        what = "channels" if axis == 1 else "features"
-        raise ValueError(f"{where}: x has {x.shape[axis]} {what}, but {name} is {entry.shape}")
-    return entry
+_BATCH_NORM = _Form("N C | N C H W", gamma="C", beta="C", mean="C", var="C")
 
 
 def batch_norm_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
     """gamma 1, beta 0, mean 0 and var 1, each (C,), for shape (C,) or (C, H, W)."""
-    shape = _check_shape("batch_norm", shape, (1, 3))
+    shape = _BATCH_NORM.shape("batch_norm", shape)
     one, zero = np.ones(shape[0], np.float32), np.zeros(shape[0], np.float32)
     return {"gamma": one, "beta": zero, "mean": zero.copy(), "var": one.copy()}, shape
 
@@ -1033,7 +1142,7 @@ def _channel_sums(*factors: Array) -> Array:
 
 
 def _per_channel(vector: Array, x: Array) -> Array:
-    """A vector (C,) so that it goes with x (N, C) or (N, C, H, W).
+    """A vector (C,) in a shape that broadcasts with x (N, C) or (N, C, H, W).
 
     For images it is repeated along a row of pixels: NumPy is twice as slow with single numbers.
     """
@@ -1047,7 +1156,7 @@ def _to_float32(leaf: Array) -> Array:
     return leaf.astype(np.float32) if leaf.dtype.kind == "f" else leaf
 
 
-@_quiet
+@_BATCH_NORM.forward
 def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tree]:
     """y = gamma · (x - mean) / sqrt(var + eps) + beta, for x (N, C) or (N, C, H, W).
 
@@ -1055,15 +1164,9 @@ def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tr
     one they are params["mean"] and params["var"]. The cache holds under "statistics" what
     `update_statistics` moves params["mean"] and params["var"] to.
     """
-    _check_input("batch_norm", params, x, _BATCH_NORM)
-    eps = _eps("batch_norm", eps)
-    if x.ndim not in (2, 4):
-        raise ValueError(f"batch_norm: x must be (N, C) or (N, C, H, W), got shape {x.shape}")
-    gamma, beta, mean, var = (
-        _vector("batch_norm", params, name, x, 1) for name in ("gamma", "beta", "mean", "var")
-    )
+    mean, var = params["mean"], params["var"]
     if "key" in params:
-        count = x.size // max(x.shape[1], 1)
+        count = x.size // x.shape[1]
         if count < 2:
             raise ValueError(f"batch_norm: training needs 2 values per channel, got {count}")
         mean = _channel_sums(x) / count
@@ -1078,29 +1181,22 @@ def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tr
     if x.dtype == np.float32 and not math.isfinite(var @ inverse_std):  # sums that overflowed
         y, cache = batch_norm_forward(params, x.astype(np.float64), eps=eps)
         return y.astype(np.float32), tree_map(_to_float32, cache)
-    y = centered * _per_channel(gamma * inverse_std, x)
-    y += _per_channel(beta, x)
+    y = centered * _per_channel(params["gamma"] * inverse_std, x)
+    y += _per_channel(params["beta"], x)
     return y, {**cache, "centered": centered, "inverse_std": inverse_std}
 
 
-@_quiet
+@_BATCH_NORM.backward("centered", "inverse_std")
 def batch_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]:
     """dbeta = Σ dy, dgamma = Σ dy · x̂, dx = gamma/σ · (dy - mean(dy) - x̂ · mean(dy · x̂)).
 
-    x̂ is the normalised x; sums and means are over all axes but C. At inference mean and var are
+    x̂ is the normalized x; sums and means are over all axes but C. At inference mean and var are
     constants, and dx = gamma/σ · dy.
     """
-    if not isinstance(cache, dict) or "centered" not in cache:
-        raise ValueError(f"batch_norm: the cache is not its own, it holds {_names(cache)}")
-    _check_params("batch_norm", params, _BATCH_NORM)
-    centered = cache["centered"]
-    _check_array("batch_norm", "centered", centered)
-    inverse_std = _entry("batch_norm", cache, "inverse_std", centered.dtype)
-    dy = _check_gradient("batch_norm", dy, centered.shape, centered.dtype)
-    gamma = _vector("batch_norm", params, "gamma", centered, 1)
+    centered, inverse_std = cache["centered"], cache["inverse_std"]
     dbeta = _channel_sums(dy)
     dgamma = _channel_sums(dy, centered) * inverse_std
-    scale = gamma * inverse_std
+    scale = params["gamma"] * inverse_std
     dx = dy * _per_channel(scale, dy)
     if "count" in cache:
         count = int(cache["count"])
@@ -1109,17 +1205,19 @@ def batch_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tr
     return dx, {"gamma": dgamma, "beta": dbeta}
 
 
+@_constructor
 def batch_norm(*, eps: float = 1e-5) -> Layer:
-    """Normalises each channel over the batch (Ioffe and Szegedy 2015), as PyTorch does.
+    """Normalizes each channel over the batch (Ioffe and Szegedy 2015), as PyTorch does.
 
     Its running statistics params["mean"] and params["var"] are moved by `update_statistics`.
+    ValueError while training on fewer than two values per channel.
     """
-    eps = _eps("batch_norm", eps)
+    eps = _number("batch_norm", "eps", eps, above=0, below=math.inf)
     return Layer(batch_norm_init, partial(batch_norm_forward, eps=eps), batch_norm_backward)
 
 
 @_quiet
-def update_statistics(params: Tree, cache: Tree, momentum: float = 0.1) -> Tree:
+def update_statistics(params: Tree, cache: Any, momentum: float = 0.1) -> Tree:
     """params with running statistics moved: s <- s + momentum · (s of the batch - s).
 
     `cache` is that of the forward pass in training mode. Any layer may take part: what its cache
@@ -1128,17 +1226,18 @@ def update_statistics(params: Tree, cache: Tree, momentum: float = 0.1) -> Tree:
     outside [0, 1], TypeError for a cache that is neither a dict nor an array.
     """
     momentum = _number("update_statistics", "momentum", momentum, minimum=0, maximum=1)
-    if not isinstance(params, dict):
-        raise TypeError(f"update_statistics: params must be a dict, got {_kind(params)}")
+    _check_dict("update_statistics", "params", params)
     if not isinstance(cache, (dict, np.ndarray)):  # an array is the whole cache of, say, linear
         raise TypeError(f"update_statistics: cache must be that of forward, got {_kind(cache)}")
-    return _moved(params, cache, momentum)
+    return _move_statistics(params, cache, momentum)
 
 
-def _moved(params: Tree, cache: Any, momentum: float) -> Tree:
+def _move_statistics(params: Tree, cache: Any, momentum: float) -> Tree:
     if not isinstance(params, dict) or not isinstance(cache, dict):
         return params
-    moved = {name: _moved(value, cache.get(name), momentum) for name, value in params.items()}
+    moved = {
+        name: _move_statistics(value, cache.get(name), momentum) for name, value in params.items()
+    }
     for name, batch in _statistics(params, cache).items():
         running = params[name]
         _check_array("update_statistics", name, running)
@@ -1161,57 +1260,45 @@ def _statistics(params: Any, cache: Any) -> Tree:
     }
 
 
-_LAYER_NORM = frozenset({"gamma", "beta", "key"})
+_LAYER_NORM = _Form("N ... in", gamma="in", beta="in")
 
 
 def layer_norm_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
-    """gamma 1 and beta 0, each (C,), for shape (..., C)."""
-    shape = _check_shape("layer_norm", shape)
-    if not shape:
-        raise ValueError("layer_norm: shape () has no axis of features")
+    """gamma 1 and beta 0, each (in,), for shape (..., in)."""
+    shape = _LAYER_NORM.shape("layer_norm", shape)
     return {"gamma": np.ones(shape[-1], np.float32), "beta": np.zeros(shape[-1], np.float32)}, shape
 
 
-@_quiet
+@_LAYER_NORM.forward
 def layer_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tree]:
     """y = gamma · (x - mean) / sqrt(var + eps) + beta, mean and var (biased) over the last axis."""
-    _check_input("layer_norm", params, x, _LAYER_NORM)
-    eps = _eps("layer_norm", eps)
-    if x.ndim < 2 or x.shape[-1] == 0:
-        raise ValueError(f"layer_norm: x must be (N, ..., C), got shape {x.shape}")
-    gamma, beta = (_vector("layer_norm", params, name, x, -1) for name in ("gamma", "beta"))
     normalized = x - x.mean(axis=-1, keepdims=True)
     inverse_std = 1 / np.sqrt(np.square(normalized).mean(axis=-1, keepdims=True) + eps)
     normalized *= inverse_std
-    return normalized * gamma + beta, {"normalized": normalized, "inverse_std": inverse_std}
+    y = normalized * params["gamma"] + params["beta"]
+    return y, {"normalized": normalized, "inverse_std": inverse_std}
 
 
-@_quiet
+@_LAYER_NORM.backward("normalized", "inverse_std")
 def layer_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]:
     """dbeta = Σ dy, dgamma = Σ dy · x̂, dx = (g - mean(g) - x̂ · mean(g · x̂)) / σ, g = dy · gamma.
 
-    x̂ is the normalised x; the sums are over all axes but the last, the means over the last.
+    x̂ is the normalized x; the sums are over all axes but the last, the means over the last.
     """
-    if not isinstance(cache, dict) or "normalized" not in cache:
-        raise ValueError(f"layer_norm: the cache is not its own, it holds {_names(cache)}")
-    _check_params("layer_norm", params, _LAYER_NORM)
     normalized = cache["normalized"]
-    _check_array("layer_norm", "normalized", normalized)
-    inverse_std = _entry("layer_norm", cache, "inverse_std", normalized.dtype)
-    dy = _check_gradient("layer_norm", dy, normalized.shape, normalized.dtype)
-    gamma = _vector("layer_norm", params, "gamma", normalized, -1)
     axes = tuple(range(dy.ndim - 1))
     grads = {"gamma": (dy * normalized).sum(axis=axes), "beta": dy.sum(axis=axes)}
-    g = dy * gamma
+    g = dy * params["gamma"]
     dx = g - g.mean(axis=-1, keepdims=True)
     dx -= normalized * (g * normalized).mean(axis=-1, keepdims=True)
-    dx *= inverse_std
+    dx *= cache["inverse_std"]
     return dx, grads
 
 
+@_constructor
 def layer_norm(*, eps: float = 1e-5) -> Layer:
-    """Normalises each sample over its last axis (Ba et al. 2016), as PyTorch does."""
-    eps = _eps("layer_norm", eps)
+    """Normalizes each sample over its last axis (Ba et al. 2016), as PyTorch does."""
+    eps = _number("layer_norm", "eps", eps, above=0, below=math.inf)
     return Layer(layer_norm_init, partial(layer_norm_forward, eps=eps), layer_norm_backward)
 
 
@@ -1233,6 +1320,7 @@ def _batch_first(rows: Array) -> Array:
 
 
 Pair = tuple[int, int]
+Sides = tuple[Pair, Pair]  # (above, below), (left, right)
 
 
 def _pair(where: str, name: str, value: Any, minimum: int) -> Pair:
@@ -1245,27 +1333,6 @@ def _pair(where: str, name: str, value: Any, minimum: int) -> Pair:
     return _whole(where, name, pair[0], minimum), _whole(where, name, pair[1], minimum)
 
 
-def _check_pairs(where: str, minimum: int, **pairs: Any) -> None:
-    """Refuse what is no pair of whole numbers that are at least `minimum`."""
-    for name, pair in pairs.items():
-        if type(pair) is not tuple or len(pair) != 2:
-            raise TypeError(f"{where}: {name} must be a pair of whole numbers, got {_kind(pair)}")
-        for number in pair:
-            if type(number) is not int or number < minimum:
-                _whole(where, name, number, minimum)
-
-
-def _check_images(where: str, params: Any, x: Any, names: Any = _KEY_ONLY, what: str = "x") -> None:
-    """What layers of images ask of params and of x, or of a cache that is x."""
-    _check_array(where, what, x)
-    _check_params(where, params, names)
-    if x.ndim != 4:
-        hint = "; give a single image a batch axis with x[None]" if x.ndim == 3 else ""
-        raise ValueError(f"{where}: {what} must be (N, C, H, W), got shape {x.shape}{hint}")
-    if 0 in x.shape[2:]:
-        raise ValueError(f"{where}: {what} has no pixels, got shape {x.shape}")
-
-
 class _Windows(NamedTuple):
     """How windows move over an image; what is padded below and to the right follows from counts."""
 
@@ -1276,10 +1343,9 @@ class _Windows(NamedTuple):
 
 
 def _windows(
-    where: str, image: Shape, size: Pair, stride: Pair, padding: tuple[Pair, Pair], dilation: Pair
+    where: str, image: Shape, size: Shape, *, stride: Pair, padding: Sides, dilation: Pair = (1, 1)
 ) -> _Windows:
-    """The windows that fit into an image (H, W) padded by ((above, below), (left, right))."""
-    _check_pairs(where, 1, size=size, stride=stride, dilation=dilation)
+    """The windows that fit into an image (H, W) with padding around it."""
     (above, below), (left, right) = padding
     height, width = image[0] + above + below, image[1] + left + right
     tall, wide = dilation[0] * (size[0] - 1) + 1, dilation[1] * (size[1] - 1) + 1
@@ -1431,76 +1497,56 @@ def _columns_gradient(dy: Array, kernel_rows: Array, H: int, windows: _Windows) 
     return gradient
 
 
-def _conv2d_windows(
-    image: Shape, size: Pair, stride: Pair, padding: tuple[Pair, Pair], dilation: Pair
-) -> _Windows:
-    if type(padding) is not tuple or len(padding) != 2:
-        raise TypeError(f"conv2d: padding must be a pair of pairs, got {_kind(padding)}")
-    _check_pairs("conv2d", 0, padding=padding[0])
-    _check_pairs("conv2d", 0, padding=padding[1])
-    return _windows("conv2d", image, size, stride, padding, dilation)
+_CONV2D = _Form(**_IMAGES, y="", W="out in kh kw", b_="out")
 
 
 def conv2d_init(
-    key: Key,
-    shape: Shape,
-    *,
-    out: int,
-    kernel: Pair,
-    stride: Pair,
-    padding: tuple[Pair, Pair],
-    dilation: Pair,
-    groups: int,
-    init: Initializer,
-    bias: bool,
+    key: Key, shape: Shape, *, out: int, kernel: Pair, init: Initializer, bias: bool, **options: Any
 ) -> tuple[Tree, Shape]:
     """W (out, C/groups, kh, kw) from `init`, b (out,) of zeros; (C, H, W) becomes (out, Ho, Wo).
 
     Ho = (H + padding above and below - dilation · (kh - 1) - 1) // stride + 1, and so Wo.
     """
-    out = _check_options("conv2d", out, init, bias)
-    shape = _check_shape("conv2d", shape, (3,))
-    if shape[0] % _whole("conv2d", "groups", groups, 1):
-        raise ValueError(f"conv2d: {groups} groups do not divide the {shape[0]} channels of x")
-    windows = _conv2d_windows(shape[1:], kernel, stride, padding, dilation)
-    sizes = (out, shape[0] // groups, *kernel)
-    params = _first_params("conv2d", key, init, sizes, out if bias else 0)
+    C, H, W = _CONV2D.shape("conv2d", shape)
+    groups = options.pop("groups")
+    if C % groups:
+        raise ValueError(f"conv2d: {groups} groups do not divide the {C} channels of x")
+    windows = _windows("conv2d", (H, W), kernel, **options)
+    params = _weights("conv2d", key, init, (out, C // groups, *kernel), out, bias)
     return params, (out, *windows.counts)
 
 
-def _conv2d_kernel(params: Tree, x: Array, groups: int) -> Array:
-    W = _entry("conv2d", params, "W", x.dtype)
-    groups = _whole("conv2d", "groups", groups, 1)
-    if W.ndim != 4 or 0 in W.shape or W.shape[0] % groups:
+def _conv2d_windows(x: Array, W: Array, groups: int, **options: Any) -> _Windows:
+    """How W moves over x; ValueError for channels that do not go with it and its groups."""
+    if W.shape[0] % groups:
         raise ValueError(f"conv2d: W must be (out, in/{groups}, kh, kw), got shape {W.shape}")
     if x.shape[1] != W.shape[1] * groups:
         raise ValueError(f"conv2d: x has {x.shape[1]} channels, but W takes {W.shape[1] * groups}")
-    return W
+    return _windows("conv2d", x.shape[2:], W.shape[2:], **options)
 
 
-@_quiet
+@_CONV2D.forward
 def conv2d_forward(
-    params: Tree, x: Array, *, stride: Pair, padding: tuple[Pair, Pair], dilation: Pair, groups: int
+    params: Tree, x: Array, *, stride: Pair, padding: Sides, dilation: Pair, groups: int
 ) -> tuple[Array, Array]:
     """y[n, o, r, s] = b[o] + Σ over c, i, j of W[o, c, i, j] · x[n, c, r·stride + i·dilation, ...].
 
     x (N, C, H, W) with zeros around it, y (N, out, Ho, Wo). With groups, the channels of x and of
     y fall into so many equal parts, and each part of y sees only its part of x.
     """
-    _check_images("conv2d", params, x, _WEIGHTED)
-    W = _conv2d_kernel(params, x, groups)
-    windows = _conv2d_windows(x.shape[2:], W.shape[2:], stride, padding, dilation)
+    W = params["W"]
+    windows = _conv2d_windows(x, W, groups, stride=stride, padding=padding, dilation=dilation)
     N, (Ho, Wo) = len(x), windows.counts
     buffer = _unfold(_rows_first(x), W.shape[3], windows, groups)
     buffer = buffer.reshape(groups, x.shape[2], W.shape[1] * W.shape[3], Wo * N)
     y = _correlate(buffer, _kernel_rows(W, groups), windows)
     y = y.swapaxes(0, 1).reshape(Ho, len(W), Wo, N)
     if "b" in params:
-        y += _bias("conv2d", params, len(W), x.dtype)[:, None, None]
+        y += params["b"][:, None, None]
     return _batch_first(y), x
 
 
-@_quiet
+@_CONV2D.backward()
 def conv2d_backward(
     params: Tree,
     cache: Array,
@@ -1508,7 +1554,7 @@ def conv2d_backward(
     *,
     need_dx: bool = True,
     stride: Pair,
-    padding: tuple[Pair, Pair],
+    padding: Sides,
     dilation: Pair,
     groups: int,
 ) -> tuple[Array | None, Tree]:
@@ -1516,11 +1562,9 @@ def conv2d_backward(
 
     dx is dy correlated with W turned by 180 degrees.
     """
-    x = cache
-    _check_images("conv2d", params, x, _WEIGHTED, "cache")
-    W = _conv2d_kernel(params, x, groups)
-    windows = _conv2d_windows(x.shape[2:], W.shape[2:], stride, padding, dilation)
-    dy = _check_gradient("conv2d", dy, (len(x), len(W), *windows.counts), x.dtype)
+    x, W = cache, params["W"]
+    windows = _conv2d_windows(x, W, groups, stride=stride, padding=padding, dilation=dilation)
+    dy = _gradient("conv2d", dy, (len(x), len(W), *windows.counts), x.dtype)
     (N, _, H, width), (Ho, Wo), (out, channels, kh, kw) = x.shape, windows.counts, W.shape
     drows = _rows_first(dy).reshape(Ho, groups, out // groups, Wo * N).swapaxes(0, 1)
     buffer = _unfold(_rows_first(x), kw, windows, groups)
@@ -1539,12 +1583,13 @@ def conv2d_backward(
     return _batch_first(_fold(dcolumns, width, windows)), grads
 
 
+@_constructor
 def conv2d(
     out: int,
     kernel: int | Pair,
     *,
     stride: int | Pair = 1,
-    padding: int | Pair | str = 0,
+    padding: int | Pair | Literal["same"] = 0,
     dilation: int | Pair = 1,
     groups: int = 1,
     init: Initializer = he_normal,
@@ -1558,71 +1603,32 @@ def conv2d(
     into the padded image, channels that W does not take and groups that do not divide; `init`
     finds these from the shape alone.
     """
-    out = _check_options("conv2d", out, init, bias)
+    weights = _weight_options("conv2d", out, init, bias)
     groups = _whole("conv2d", "groups", groups, 1)
     if out % groups:
         raise ValueError(f"conv2d: {groups} groups do not divide the {out} channels of y")
     size = _pair("conv2d", "kernel", kernel, 1)
-    moves = _pair("conv2d", "stride", stride, 1)
-    spread = _pair("conv2d", "dilation", dilation, 1)
+    strides = _pair("conv2d", "stride", stride, 1)
+    dilations = _pair("conv2d", "dilation", dilation, 1)
     if isinstance(padding, str):
         if padding != "same":
             raise ValueError(f"conv2d: padding must be numbers or 'same', got {padding!r}")
-        if moves != (1, 1):
+        if strides != (1, 1):
             raise ValueError(f"conv2d: padding 'same' goes with stride 1, got {stride}")
-        missing = [d * (places - 1) for d, places in zip(spread, size, strict=True)]
-        around = [(pixels // 2, pixels - pixels // 2) for pixels in missing]
+        missing = [d * (places - 1) for d, places in zip(dilations, size, strict=True)]
+        sides = [(pixels // 2, pixels - pixels // 2) for pixels in missing]
     else:
-        around = [(pixels, pixels) for pixels in _pair("conv2d", "padding", padding, 0)]
+        sides = [(pixels, pixels) for pixels in _pair("conv2d", "padding", padding, 0)]
     options: dict[str, Any] = {
-        "stride": moves,
-        "padding": tuple(around),
-        "dilation": spread,
+        "stride": strides,
+        "padding": tuple(sides),
+        "dilation": dilations,
         "groups": groups,
     }
     return Layer(
-        partial(conv2d_init, out=out, kernel=size, init=init, bias=bias, **options),
+        partial(conv2d_init, kernel=size, **weights, **options),
         partial(conv2d_forward, **options),
         partial(conv2d_backward, **options),
-    )
-
-
-def _check_padding(where: str, size: Pair, padding: Pair) -> None:
-    _check_pairs(where, 0, size=size, padding=padding)
-    if 2 * padding[0] > size[0] or 2 * padding[1] > size[1]:
-        raise ValueError(
-            f"{where}: padding must be at most half of the window {size}, got {padding}"
-        )
-
-
-def _pool_windows(where: str, image: Shape, size: Pair, stride: Pair, padding: Pair) -> _Windows:
-    _check_padding(where, size, padding)
-    around = ((padding[0], padding[0]), (padding[1], padding[1]))
-    return _windows(where, image, size, stride, around, (1, 1))
-
-
-def pool2d_init(
-    key: Key, shape: Shape, *, where: str, size: Pair, stride: Pair, padding: Pair
-) -> tuple[Tree, Shape]:
-    """No params; (C, H, W) becomes (C, Ho, Wo), Ho = (H + 2 · padding - size) // stride + 1."""
-    shape = _check_shape(where, shape, (3,))
-    return {}, (shape[0], *_pool_windows(where, shape[1:], size, stride, padding).counts)
-
-
-def _pool2d(
-    where: str, forward: Callable, backward: Callable, size: Any, stride: Any, padding: Any
-) -> Layer:
-    size = _pair(where, "size", size, 1)
-    options = {
-        "size": size,
-        "stride": size if stride is None else _pair(where, "stride", stride, 1),
-        "padding": _pair(where, "padding", padding, 0),
-    }
-    _check_padding(where, size, options["padding"])
-    return Layer(
-        partial(pool2d_init, where=where, **options),
-        partial(forward, **options),
-        partial(backward, **options),
     )
 
 
@@ -1672,41 +1678,69 @@ def _to_largest(
     return dx
 
 
-def max_pool2d_forward(
-    params: Tree, x: Array, *, size: Pair, stride: Pair, padding: Pair
-) -> tuple[Array, Tree]:
+def pool2d_init(
+    key: Key, shape: Shape, *, where: str, size: Pair, **options: Any
+) -> tuple[Tree, Shape]:
+    """No params; (C, H, W) becomes (C, Ho, Wo), Ho = (H + 2 · padding - size) // stride + 1."""
+    C, *image = _POOLED.shape(where, shape)
+    return {}, (C, *_windows(where, tuple(image), size, **options).counts)
+
+
+def _pool2d(
+    where: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    size: Any,
+    stride: Any,
+    padding: Any,
+) -> Layer:
+    """A pool, its options checked; without a stride the windows lie side by side."""
+    size = _pair(where, "size", size, 1)
+    stride = size if stride is None else _pair(where, "stride", stride, 1)
+    down, across = _pair(where, "padding", padding, 0)
+    if 2 * down > size[0] or 2 * across > size[1]:
+        raise ValueError(
+            f"{where}: padding must be at most half of the window {size}, got {(down, across)}"
+        )
+    sides = (down, down), (across, across)
+    options: dict[str, Any] = {"size": size, "stride": stride, "padding": sides}
+    return Layer(
+        partial(pool2d_init, where=where, **options),
+        partial(forward, **options),
+        partial(backward, **options),
+    )
+
+
+@_POOLED.forward
+def max_pool2d_forward(params: Tree, x: Array, *, size: Pair, **options: Any) -> tuple[Array, Tree]:
     """y[n, c, r, s] = the maximum of x[n, c] in the window at (r, s) · stride - padding.
 
     x (N, C, H, W), y (N, C, Ho, Wo); padding never wins.
     """
-    _check_images("max_pool2d", params, x)
-    windows = _pool_windows("max_pool2d", x.shape[2:], size, stride, padding)
+    windows = _windows("max_pool2d", x.shape[2:], size, **options)
     across = _pooled(np.maximum, -np.inf, _rows_first(x), size, windows, 1)
     y = _batch_first(_pooled(np.maximum, -np.inf, across, size, windows, 0))
     return y, {"x": x, "across": _batch_first(across), "y": y}
 
 
-@_quiet
+@_POOLED.backward("x", "across", "y")
 def max_pool2d_backward(
-    params: Tree, cache: Tree, dy: Array, *, size: Pair, stride: Pair, padding: Pair
+    params: Tree, cache: Tree, dy: Array, *, size: Pair, **options: Any
 ) -> tuple[Array, Tree]:
     """dx: each dy goes to the maximum of its window, the first one of several as one reads.
 
     The first row that has the maximum, and in it the first pixel: so it goes down the column of
     the rows' maxima first, and then across each row.
     """
-    if not isinstance(cache, dict) or "x" not in cache:
-        raise ValueError(f"max_pool2d: the cache is not its own, it holds {_names(cache)}")
-    x = cache["x"]
-    _check_images("max_pool2d", params, x, what="x in the cache")
-    windows = _pool_windows("max_pool2d", x.shape[2:], size, stride, padding)
-    dy = _check_gradient("max_pool2d", dy, (*x.shape[:2], *windows.counts), x.dtype)
-    across = _rows_first(_entry("max_pool2d", cache, "across", x.dtype))
-    y = _rows_first(_entry("max_pool2d", cache, "y", x.dtype))
+    x, across, y = (_rows_first(cache[name]) for name in ("x", "across", "y"))
+    H, C, W, N = x.shape
+    windows = _windows("max_pool2d", (H, W), size, **options)
+    dy = _gradient("max_pool2d", dy, (N, C, *windows.counts), x.dtype)
     dacross = _to_largest(across, y, _rows_first(dy), size, windows, 0)
-    return _batch_first(_to_largest(_rows_first(x), across, dacross, size, windows, 1)), {}
+    return _batch_first(_to_largest(x, across, dacross, size, windows, 1)), {}
 
 
+@_constructor
 def max_pool2d(
     size: int | Pair, *, stride: int | Pair | None = None, padding: int | Pair = 0
 ) -> Layer:
@@ -1718,31 +1752,29 @@ def max_pool2d(
     return _pool2d("max_pool2d", max_pool2d_forward, max_pool2d_backward, size, stride, padding)
 
 
-@_quiet
+@_POOLED.forward
 def avg_pool2d_forward(
-    params: Tree, x: Array, *, size: Pair, stride: Pair, padding: Pair
+    params: Tree, x: Array, *, size: Pair, **options: Any
 ) -> tuple[Array, Array]:
     """y[n, c, r, s] = the mean of x[n, c] in the window at (r, s) · stride - padding.
 
     x (N, C, H, W), y (N, C, Ho, Wo); padding counts as zeros.
     """
-    _check_images("avg_pool2d", params, x)
-    windows = _pool_windows("avg_pool2d", x.shape[2:], size, stride, padding)
+    windows = _windows("avg_pool2d", x.shape[2:], size, **options)
     across = _pooled(np.add, 0.0, _rows_first(x), size, windows, 1)
     y = _pooled(np.add, 0.0, across, size, windows, 0)
     y *= 1 / math.prod(size)
     return _batch_first(y), x
 
 
-@_quiet
+@_POOLED.backward()
 def avg_pool2d_backward(
-    params: Tree, cache: Array, dy: Array, *, size: Pair, stride: Pair, padding: Pair
+    params: Tree, cache: Array, dy: Array, *, size: Pair, **options: Any
 ) -> tuple[Array, Tree]:
     """dx = the sum of dy / (size of a window) over the windows that cover the pixel."""
     x = cache
-    _check_images("avg_pool2d", params, x, what="cache")
-    windows = _pool_windows("avg_pool2d", x.shape[2:], size, stride, padding)
-    dy = _check_gradient("avg_pool2d", dy, (*x.shape[:2], *windows.counts), x.dtype)
+    windows = _windows("avg_pool2d", x.shape[2:], size, **options)
+    dy = _gradient("avg_pool2d", dy, (*x.shape[:2], *windows.counts), x.dtype)
     dx = _rows_first(dy) * (1 / math.prod(size))
     for axis in (0, 1):
         drows, shape = dx, list(dx.shape)
@@ -1754,6 +1786,7 @@ def avg_pool2d_backward(
     return _batch_first(dx), {}
 
 
+@_constructor
 def avg_pool2d(
     size: int | Pair, *, stride: int | Pair | None = None, padding: int | Pair = 0
 ) -> Layer:
@@ -1765,29 +1798,29 @@ def avg_pool2d(
     return _pool2d("avg_pool2d", avg_pool2d_forward, avg_pool2d_backward, size, stride, padding)
 
 
+_GLOBAL_AVG_POOL2D = _Form(**_IMAGES, y="N C")
+
+
 def global_avg_pool2d_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
     """No params; (C, H, W) becomes (C,)."""
-    return {}, _check_shape("global_avg_pool2d", shape, (3,))[:1]
+    return {}, _GLOBAL_AVG_POOL2D.shape("global_avg_pool2d", shape)[:1]
 
 
-@_quiet
+@_GLOBAL_AVG_POOL2D.forward
 def global_avg_pool2d_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y (N, C) = the mean of x (N, C, H, W) over H and W."""
-    _check_images("global_avg_pool2d", params, x)
     return x.mean(axis=(2, 3)), x
 
 
-@_quiet
+@_GLOBAL_AVG_POOL2D.backward()
 def global_avg_pool2d_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
     """dx = dy / (H · W), the same for every pixel."""
-    x = cache
-    _check_images("global_avg_pool2d", params, x, what="cache")
-    dy = _check_gradient("global_avg_pool2d", dy, x.shape[:2], x.dtype)
-    N, C, H, W = x.shape
+    N, C, H, W = cache.shape
     share = np.ascontiguousarray(dy.T)[:, None] * (1 / (H * W))
     return _batch_first(np.broadcast_to(share, (H, C, W, N)).copy()), {}
 
 
+@_constructor
 def global_avg_pool2d() -> Layer:
     """The mean of each channel, (N, C, H, W) -> (N, C) (Lin et al. 2014)."""
     return Layer(global_avg_pool2d_init, global_avg_pool2d_forward, global_avg_pool2d_backward)
@@ -1798,7 +1831,9 @@ def global_avg_pool2d() -> Layer:
 # ------------------------------------------------------------------------------------------------
 
 
-def _check_layer(where: str, name: str, layer: Any, functions: Sequence[str]) -> None:
+def _check_layer(
+    where: str, name: str, layer: Any, functions: Sequence[str] = Layer._fields
+) -> None:
     for function in functions:
         if not callable(getattr(layer, function, None)):
             raise TypeError(
@@ -1806,49 +1841,51 @@ def _check_layer(where: str, name: str, layer: Any, functions: Sequence[str]) ->
             )
 
 
-def _check_layers(where: str, layers: dict[str, Any]) -> None:
-    for name, layer in layers.items():
-        _check_layer(where, name, layer, Layer._fields)
-
-
-def _children(where: str, params: Tree, layers: dict[str, Any]) -> list[Tree]:
-    """The params of each child; while training, with a key of its own folded from the parent's."""
-    if not isinstance(params, dict) or "key" not in params:
-        _check_params(where, params, layers.keys())
-        return [params.get(name, {}) for name in layers]
-    _check_params(where, params, layers.keys() | _KEY_ONLY)
-    parent = _key_array(params["key"])
-    keys = np.empty((len(layers), len(parent) + 1), np.uint32)
-    keys[:, :-1] = parent
-    keys[:, -1] = np.arange(len(layers))
-    children = []
-    for name, key in zip(layers, keys, strict=True):
-        child = params.get(name, {})
-        if not isinstance(child, dict):
-            raise TypeError(f"{where}: params[{name!r}] must be a dict, got {_kind(child)}")
-        children.append({**child, "key": key})
-    return children
-
-
-def _within(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a child's function; its errors say the child's name first."""
+def _within(name: str, function: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
+    """The two results of a child's function; whatever is wrong with it, its name comes first."""
     try:
-        return function(*arguments)
+        first, second = function(*arguments)
     except (ValueError, TypeError) as error:
         if type(error) not in (ValueError, TypeError):  # others may not take a message alone
             raise
         raise type(error)(f"{name}: {error}") from error
+    return first, second
 
 
-def _takes_need_dx(backward: Any) -> bool:
-    """Whether `backward` has the keyword-only argument `need_dx` (see `Layer`)."""
-    function = getattr(backward, "func", backward)
-    return "need_dx" in (getattr(function, "__kwdefaults__", None) or ())
+def _children(where: str, params: Tree, layers: dict[str, LayerLike]) -> Tree:
+    """{name: params} of the children; while training, with a key each, folded from the parent's."""
+    _check_names(where, params, layers)
+    if "key" not in params:
+        return params
+    parent = _key_array(params["key"])
+    keys = np.empty((len(layers), len(parent) + 1), np.uint32)
+    keys[:, :-1] = parent
+    keys[:, -1] = np.arange(len(layers))
+    children = {}
+    for name, key in zip(layers, keys, strict=True):
+        _check_dict(where, f"params[{name!r}]", params.get(name, {}))
+        children[name] = {**params.get(name, {}), "key": key}
+    return children
 
 
-def sequential_init(key: Key, shape: Shape, *, layers: dict[str, Any]) -> tuple[Tree, Shape]:
+def _check_cache(where: str, cache: Any, layers: dict[str, LayerLike]) -> None:
+    if not isinstance(cache, dict) or cache.keys() != layers.keys():
+        raise ValueError(f"{where}: cache has {_names(cache)}, expected {sorted(layers)}")
+
+
+def _without_dx(backward: Any, params: Tree, cache: Any, dy: Array) -> tuple[Any, Tree]:
+    """(dx or None, grads): `backward` is told need_dx=False if it takes that, see `Layer`."""
+    try:
+        return backward(params, cache, dy, need_dx=False)
+    except TypeError as error:
+        if "need_dx" not in str(error):
+            raise
+    return backward(params, cache, dy)
+
+
+def sequential_init(key: Key, shape: Shape, *, layers: dict[str, LayerLike]) -> tuple[Tree, Shape]:
     """{name: params} of the layers that have any, each from its own key, and the last shape."""
-    params = {}
+    params: Tree = {}
     for index, (name, layer) in enumerate(layers.items()):
         own, shape = _within(name, layer.init, fold_key(key, index), shape)
         if own:
@@ -1857,109 +1894,112 @@ def sequential_init(key: Key, shape: Shape, *, layers: dict[str, Any]) -> tuple[
 
 
 @_quiet
-def sequential_forward(params: Tree, x: Array, *, layers: dict[str, Any]) -> tuple[Array, Tree]:
+def sequential_forward(
+    params: Tree, x: Array, *, layers: dict[str, LayerLike]
+) -> tuple[Array, Tree]:
     """x through every layer in turn; the cache is {name: cache}."""
-    cache = {}
     children = _children("sequential", params, layers)
-    for (name, layer), child in zip(layers.items(), children, strict=True):
-        x, cache[name] = _within(name, layer.forward, child, x)
+    cache = {}
+    for name, layer in layers.items():
+        x, cache[name] = _within(name, layer.forward, children.get(name, {}), x)
     return x, cache
-
-
-def _check_cache(where: str, cache: Any, layers: dict[str, Any]) -> None:
-    if not isinstance(cache, dict) or cache.keys() != layers.keys():
-        raise ValueError(f"{where}: cache has {_names(cache)}, expected {sorted(layers)}")
 
 
 @_quiet
 def sequential_backward(
-    params: Tree, cache: Tree, dy: Array, *, need_dx: bool = True, layers: dict[str, Any]
+    params: Tree,
+    cache: Tree,
+    dy: Array,
+    *,
+    need_dx: bool = True,
+    layers: dict[str, LayerLike],
 ) -> tuple[Array | None, Tree]:
     """dy through every layer in reverse; grads are {name: grads} of the layers that have any."""
-    _check_params("sequential", params, layers.keys() | _KEY_ONLY)
+    _check_names("sequential", params, layers)
     _check_cache("sequential", cache, layers)
     names = list(layers)
-    if not need_dx:
-        while names and names[0] not in params:
-            del names[0]  # before the first params there is nothing to compute but dx
+    while not need_dx and names and names[0] not in params:
+        del names[0]  # before the first params there is nothing to compute but dx
     dx: Any = dy
     grads = {}
     for name in reversed(names):
-        backward = layers[name].backward
-        if not need_dx and name == names[0] and _takes_need_dx(backward):
-            backward = partial(backward, need_dx=False)
+        backward: Callable[..., Any] = layers[name].backward
+        if not need_dx and name == names[0]:
+            backward = partial(_without_dx, backward)
         dx, grads[name] = _within(name, backward, params.get(name, {}), cache[name], dx)
     return (dx if need_dx else None), {name: grads[name] for name in names if grads[name]}
 
 
-def sequential(*layers: Any, **named_layers: Any) -> Layer:
+@_constructor
+def sequential(*layers: LayerLike, **named_layers: LayerLike) -> Layer:
     """One layer after the other. Unnamed layers are called "0", "1", ... by their position.
 
     `sequential(hidden=linear(256), act=relu(), out=linear(10))`. ValueError for the names "key" and
     "statistics", an empty one or one with "/" in it; TypeError for what is not a layer.
     """
-    every: dict[str, Any] = {str(position): layer for position, layer in enumerate(layers)}
+    children = {str(position): layer for position, layer in enumerate(layers)}
     for name, layer in named_layers.items():
-        if name in every or name in ("", "key", "statistics") or "/" in name:
+        if name in children or name in ("", "key", "statistics") or "/" in name:
             raise ValueError(f"sequential: a layer cannot be called {name!r}")
-        every[name] = layer
-    _check_layers("sequential", every)
+        children[name] = layer
+    for name, layer in children.items():
+        _check_layer("sequential", name, layer)
     return Layer(
-        partial(sequential_init, layers=every),
-        partial(sequential_forward, layers=every),
-        partial(sequential_backward, layers=every),
+        partial(sequential_init, layers=children),
+        partial(sequential_forward, layers=children),
+        partial(sequential_backward, layers=children),
     )
 
 
-def _check_same(shapes: list[Shape]) -> None:
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"residual: the branch gives {shapes[0]}, but the shortcut {shapes[1]}")
+def _check_same(shapes: Iterable[Shape]) -> None:
+    branch, shortcut = shapes
+    if branch != shortcut:
+        raise ValueError(f"residual: the branch gives {branch}, but the shortcut {shortcut}")
 
 
-def residual_init(key: Key, shape: Shape, *, layers: dict[str, Any]) -> tuple[Tree, Shape]:
+def residual_init(key: Key, shape: Shape, *, layers: dict[str, LayerLike]) -> tuple[Tree, Shape]:
     """{"branch": params, "shortcut": params}, without the one that has none."""
-    params, shapes = {}, []
+    params, shapes = {}, {}
     for index, (name, layer) in enumerate(layers.items()):
-        own, out = _within(name, layer.init, fold_key(key, index), shape)
-        shapes.append(out)
+        own, shapes[name] = _within(name, layer.init, fold_key(key, index), shape)
         if own:
             params[name] = own
-    _check_same(shapes)
-    return params, shapes[0]
+    _check_same(shapes.values())
+    return params, shapes["branch"]
 
 
 @_quiet
-def residual_forward(params: Tree, x: Array, *, layers: dict[str, Any]) -> tuple[Array, Tree]:
+def residual_forward(params: Tree, x: Array, *, layers: dict[str, LayerLike]) -> tuple[Array, Tree]:
     """y = branch(x) + shortcut(x)."""
-    outputs, cache = [], {}
     children = _children("residual", params, layers)
-    for (name, layer), child in zip(layers.items(), children, strict=True):
-        y, cache[name] = _within(name, layer.forward, child, x)
-        outputs.append(y)
-    _check_same([y.shape for y in outputs])
-    return outputs[0] + outputs[1], cache
+    y, cache = {}, {}
+    for name, layer in layers.items():
+        y[name], cache[name] = _within(name, layer.forward, children.get(name, {}), x)
+    _check_same(output.shape for output in y.values())
+    return y["branch"] + y["shortcut"], cache
 
 
 @_quiet
 def residual_backward(
-    params: Tree, cache: Tree, dy: Array, *, layers: dict[str, Any]
+    params: Tree, cache: Tree, dy: Array, *, layers: dict[str, LayerLike]
 ) -> tuple[Array, Tree]:
     """dx = dx of the branch + dx of the shortcut."""
-    _check_params("residual", params, layers.keys() | _KEY_ONLY)
+    _check_names("residual", params, layers)
     _check_cache("residual", cache, layers)
-    inputs, grads = [], {}
+    dx, grads = {}, {}
     for name, layer in layers.items():
-        dx, own = _within(name, layer.backward, params.get(name, {}), cache[name], dy)
-        inputs.append(dx)
+        dx[name], own = _within(name, layer.backward, params.get(name, {}), cache[name], dy)
         if own:
             grads[name] = own
-    return inputs[0] + inputs[1], grads
+    return dx["branch"] + dx["shortcut"], grads
 
 
-def residual(branch: Any, shortcut: Any = identity()) -> Layer:
+@_constructor
+def residual(branch: LayerLike, shortcut: LayerLike = identity()) -> Layer:
     """y = branch(x) + shortcut(x) (He et al. 2016). Both must give the same shape."""
     layers = {"branch": branch, "shortcut": shortcut}
-    _check_layers("residual", layers)
+    for name, layer in layers.items():
+        _check_layer("residual", name, layer)
     return Layer(
         partial(residual_init, layers=layers),
         partial(residual_forward, layers=layers),
@@ -2152,44 +2192,59 @@ def l2_penalty(params: Tree, coefficient: float) -> tuple[float, Tree]:
 
 
 # ------------------------------------------------------------------------------------------------
-# Optimisers: step(params, grads, state) -> (params, state)
+# Optimizers: step(params, grads, state) -> (params, state)
 # ------------------------------------------------------------------------------------------------
 
 Rate = float | Callable[[int], float]
 
 
 class Optimizer(NamedTuple):
-    """An optimiser: two pure functions.
+    """An optimizer: two pure functions.
 
-    The state holds "step" (how many steps were taken), "scale" (times which every rate is
-    multiplied, see `reduce_on_plateau`) and, for each quantity the rule remembers, a tree like
-    params. `step` moves exactly the entries that grads hold; the others stay as they are.
+    `init(params) -> state`: it holds "step" (how many steps were taken), "scale" (every rate is
+    multiplied by it, see `reduce_on_plateau`) and a tree like params for each quantity that the
+    rule remembers. `step(params, grads, state) -> (params, state)` moves exactly the entries that
+    grads hold; the others stay as they are. ValueError for grads or a state that do not fit params.
     """
 
-    init: Callable[[Tree], Tree]  # params -> state
-    step: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]  # params, grads, state -> params, state
+    init: Callable[[Tree], Tree]
+    step: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 
 
-_COMMON = frozenset({"step", "scale", "plateau_best", "plateau_count"})
+_PLATEAU = frozenset({"plateau_best", "plateau_count"})  # what reduce_on_plateau adds to a state
+_BELOW_1 = {"minimum": 0.0, "below": 1.0}
+_NOT_NEGATIVE = {"minimum": 0.0, "below": math.inf}
+_OPTIONS = {"lr": _NOT_NEGATIVE, "momentum": _BELOW_1, "weight_decay": _NOT_NEGATIVE}
+_OPTIONS |= {"beta1": _BELOW_1, "beta2": _BELOW_1, "decay": _BELOW_1}
+_OPTIONS |= {"eps": {"above": 0.0, "below": math.inf}}
 
 
-def _zero_count(array: Array) -> Array:
-    return np.zeros((), np.int64)
+class _Rule(NamedTuple):
+    """An update rule: update(p, g, memory, **options) -> (p, memory), for every entry."""
+
+    name: str
+    update: Callable[..., tuple[Array, Tree]]
+    remembers: Sequence[str]  # quantities, each a tree like params in the state
+    options: Tree  # lr and momentum may be schedules
+    decoupled: bool = False  # weight decay shrinks the entry instead of adding to its gradient
 
 
-def _init_state(params: Tree, *, where: str, remembers: dict[str, Callable]) -> Tree:
-    _arrays(where, "params", params)
-    trees = {name: tree_map(zero, params) for name, zero in remembers.items()}
+def _optimizer(rule: _Rule) -> Optimizer:
+    """An optimizer of a rule, once its options are checked."""
+    for name, option in rule.options.items():
+        if not (name in ("lr", "momentum") and callable(option)):
+            rule.options[name] = _number(rule.name, name, option, **_OPTIONS[name])
+    return Optimizer(partial(_init_state, rule=rule), partial(_take_step, rule=rule))
+
+
+def _zeros_to_remember(name: str, array: Array) -> Array:
+    return np.zeros((), np.int64) if name == "count" else np.zeros_like(array)
+
+
+def _init_state(params: Tree, *, rule: _Rule) -> Tree:
+    _arrays(rule.name, "params", params)
+    trees = {name: tree_map(partial(_zeros_to_remember, name), params) for name in rule.remembers}
     return {"step": np.zeros((), np.int64), "scale": np.ones(()), **trees}
-
-
-def _check_rate(where: str, name: str, rate: Any, when: str = "") -> float:
-    limit = 1.0 if name == "momentum" else math.inf
-    return _number(where, name + when, rate, minimum=0, below=limit)
-
-
-def _rate_or_schedule(where: str, name: str, rate: Any) -> Rate:
-    return rate if callable(rate) else _check_rate(where, name, rate)
 
 
 def _item(value: Any) -> Any:
@@ -2198,123 +2253,100 @@ def _item(value: Any) -> Any:
 
 
 @_quiet
-def _take_step(
-    params: Tree,
-    grads: Tree,
-    state: Tree,
-    *,
-    where: str,
-    remembers: dict[str, Callable],
-    rates: dict[str, Rate],
-    update: Callable[..., tuple[Array, Tree]],
-) -> tuple[Tree, Tree]:
-    """One step of any optimiser: `update` for every entry of grads, at the rates of this step."""
+def _take_step(params: Tree, grads: Tree, state: Tree, *, rule: _Rule) -> tuple[Tree, Tree]:
+    """One step of any optimizer: the update of every entry of grads, at the rates of this step."""
+    where, options = rule.name, dict(rule.options)
     for name, tree in (("params", params), ("grads", grads), ("state", state)):
-        if not isinstance(tree, dict):
-            raise TypeError(f"{where}: {name} must be a dict, got {_kind(tree)}")
-    if not {"step", "scale", *remembers} <= state.keys() <= _COMMON | remembers.keys():
-        raise ValueError(f"{where}: the state is not this optimiser's, it has {_names(state)}")
-    memory = {quantity: state[quantity] for quantity in remembers}
+        _check_dict(where, name, tree)
+    if "key" in params:
+        raise ValueError(f"{where}: params have a key; give step those without, not training(...)")
+    own = {"step", "scale", *rule.remembers}
+    if not own <= state.keys() <= own | _PLATEAU:
+        raise ValueError(f"{where}: the state is not this optimizer's, it has {_names(state)}")
     step = _whole(where, "step in the state", _item(state["step"]), 0)
+    for name, rate in rule.options.items():
+        if callable(rate):
+            options[name] = _number(where, f"{name} at step {step}", rate(step), **_OPTIONS[name])
     scale = _number(where, "scale in the state", _item(state["scale"]), minimum=0, maximum=1)
-    now = {
-        name: _check_rate(where, name, rate(step), f" at step {step}") if callable(rate) else rate
-        for name, rate in rates.items()
-    }
-    now["lr"] *= scale
-    params, memory = _update_tree(where, "", params, grads, memory, partial(update, **now))
+    options["lr"] *= scale
+    memory = {quantity: state[quantity] for quantity in rule.remembers}
+    params, memory = _update_tree(rule, "", params, grads, memory, options)
     return params, {**state, **memory, "step": np.array(step + 1)}
 
 
 def _update_tree(
-    where: str, path: str, params: Tree, grads: Tree, memory: Tree, update: Callable
+    rule: _Rule, path: str, params: Tree, grads: Tree, memory: Tree, options: Tree
 ) -> tuple[Tree, Tree]:
     for quantity, tree in memory.items():
         if not isinstance(tree, dict):
-            raise ValueError(f"{where}: the state has no {quantity} of {path or 'params'}")
+            raise ValueError(f"{rule.name}: the state has no {quantity} of {path or 'params'}")
     params = dict(params)
     memory = {quantity: dict(tree) for quantity, tree in memory.items()}
     for name, g in grads.items():
         here = f"{path}/{name}" if path else name
         if name not in params:
-            raise ValueError(f"{where}: grads have an entry {here!r} that params lack")
+            raise ValueError(f"{rule.name}: grads have an entry {here!r} that params lack")
         p = params[name]
         own = {quantity: tree.get(name) for quantity, tree in memory.items()}
-        if isinstance(g, dict) and isinstance(p, dict):
-            params[name], own = _update_tree(where, here, p, g, own, update)
-        else:
-            params[name], own = _update_entry(where, here, p, g, own, update)
+        both = isinstance(g, dict) and isinstance(p, dict)
+        update = _update_tree if both else _update_entry
+        params[name], own = update(rule, here, p, g, own, options)
         for quantity, value in own.items():
             memory[quantity][name] = value
     return params, memory
 
 
 def _update_entry(
-    where: str, path: str, p: Any, g: Any, memory: Tree, update: Callable
+    rule: _Rule, path: str, p: Any, g: Any, memory: Tree, options: Tree
 ) -> tuple[Array, Tree]:
-    """`update` for one array, checked, and in the dtype of params."""
+    """The update of one array, checked, and in the dtype of params."""
+    where = f"{rule.name}: {path}"
     if not (type(p) is type(g) is np.ndarray and p.dtype == g.dtype and p.dtype.char in "fd"):
-        _check_array(f"{where}: {path}", "params", p)
-        _check_array(f"{where}: {path}", "grads", g)
+        _check_array(where, "params", p)
+        _check_array(where, "grads", g)
         g = g.astype(p.dtype)
     if g.shape != p.shape:
-        raise ValueError(f"{where}: {path}: grads have shape {g.shape}, but params {p.shape}")
+        raise ValueError(f"{where}: grads have shape {g.shape}, but params {p.shape}")
     for quantity, value in memory.items():
-        counts = quantity == "count"
-        shape, kind = ((), "i") if counts else (p.shape, "f")
+        shape, kind = ((), "i") if quantity == "count" else (p.shape, "f")
         if not _is_array(value) or value.shape != shape or value.dtype.kind != kind:
-            raise ValueError(f"{where}: the state has no {quantity} of {path} and of its shape")
-        if counts:
-            _whole(f"{where}: {path}", "count in the state", value.item(), 0)
+            raise ValueError(f"{rule.name}: the state has no {quantity} of {path} and of its shape")
+        if quantity == "count":
+            _whole(where, "count in the state", value.item(), 0)
         elif value.dtype != p.dtype:
             memory = {**memory, quantity: value.astype(p.dtype)}
-    if p.ndim:
-        return update(p, g, **memory)
-    new, memory = update(p[None], g[None], **{name: m[None] for name, m in memory.items()})
-    return new[0, ...], {name: m[0, ...] for name, m in memory.items()}
-
-
-def _optimizer(
-    where: str, rates: dict[str, Rate], update: Callable, remembers: dict[str, Any], **options: Any
-) -> Optimizer:
-    """An optimiser with `rates` that may be schedules and `options` that stay as they are."""
-    rates = {name: _rate_or_schedule(where, name, rate) for name, rate in rates.items()}
-    update = partial(update, **options)
-    return Optimizer(
-        partial(_init_state, where=where, remembers=remembers),
-        partial(_take_step, where=where, remembers=remembers, rates=rates, update=update),
-    )
-
-
-def _decay(where: str, weight_decay: float) -> float:
-    return _number(where, "weight_decay", weight_decay, minimum=0, below=math.inf)
-
-
-def _velocity(momentum: Rate) -> dict[str, Callable]:
-    """What an optimiser remembers for its momentum: nothing where that is 0 for good."""
-    return {"velocity": np.zeros_like} if callable(momentum) or momentum else {}
+    single = p.ndim == 0  # NumPy would turn arrays without axes into numbers
+    if single:
+        p, g, memory = p[None], g[None], {name: m[None] for name, m in memory.items()}
+    options = dict(options)
+    decay = options.pop("weight_decay")
+    if decay and rule.decoupled:
+        p = p * (1 - options["lr"] * decay)
+    elif decay:
+        g = g + decay * p
+    p, memory = rule.update(p, g, memory, **options)
+    if single:
+        p, memory = p[0, ...], {name: m[0, ...] for name, m in memory.items()}
+    return p, memory
 
 
 def _sgd_update(
-    p: Array,
-    g: Array,
-    *,
-    lr: float,
-    velocity: Array | None = None,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float,
+    p: Array, g: Array, memory: Tree, *, lr: float, momentum: float, nesterov: bool
 ) -> tuple[Array, Tree]:
-    if weight_decay:
-        g = g + weight_decay * p
-    if velocity is None:
+    if not memory:
         return p - lr * g, {}
-    velocity = velocity * momentum
+    velocity = memory["velocity"] * momentum
     velocity += g
     change = g + momentum * velocity if nesterov else velocity
     change = change * -lr
     change += p
     return change, {"velocity": velocity}
+
+
+def _momentum(where: str, momentum: Rate) -> Rate:
+    if callable(momentum):
+        return momentum
+    return _number(where, "momentum", momentum, **_BELOW_1)
 
 
 def sgd(
@@ -2326,45 +2358,27 @@ def sgd(
     SGD; momentum may be a schedule, as lr. ValueError for nesterov without momentum, a momentum
     outside [0, 1) or a negative rate or decay.
     """
-    momentum = _rate_or_schedule("sgd", "momentum", momentum)
     _check_bool("sgd", "nesterov", nesterov)
+    momentum = _momentum("sgd", momentum)
     if nesterov and not momentum:
         raise ValueError("sgd: nesterov needs a momentum above 0")
-    return _optimizer(
-        "sgd",
-        {"lr": lr, "momentum": momentum},
-        _sgd_update,
-        _velocity(momentum),
-        nesterov=nesterov,
-        weight_decay=_decay("sgd", weight_decay),
-    )
+    options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    update = partial(_sgd_update, nesterov=nesterov)
+    return _optimizer(_Rule("sgd", update, ["velocity"] if momentum else [], options))
 
 
 def _adam_update(
-    p: Array,
-    g: Array,
-    *,
-    lr: float,
-    m: Array,
-    v: Array,
-    count: Array,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
+    p: Array, g: Array, memory: Tree, *, lr: float, beta1: float, beta2: float, eps: float
 ) -> tuple[Array, Tree]:
-    if weight_decay:
-        p, g = (p * (1 - lr * weight_decay), g) if decoupled else (p, g + weight_decay * p)
-    count = count + 1
+    count = memory["count"] + 1
     t = int(count.item())
     # In-place work on arrays made here halves the time: each pass over fresh memory is dear.
     scratch = g * (1 - beta1)
-    m = m * beta1
+    m = memory["m"] * beta1
     m += scratch
     np.square(g, out=scratch)
     scratch *= 1 - beta2
-    v = v * beta2
+    v = memory["v"] * beta2
     v += scratch
     np.sqrt(v, out=scratch)
     unbias = math.sqrt(1 - beta2**t)
@@ -2373,18 +2387,6 @@ def _adam_update(
     scratch *= -lr * unbias / (1 - beta1**t)
     scratch += p
     return scratch, {"m": m, "v": v, "count": np.asarray(count)}
-
-
-_ADAM_MEMORY = {"m": np.zeros_like, "v": np.zeros_like, "count": _zero_count}
-
-
-def _adam_options(where: str, beta1: float, beta2: float, eps: float, decay: float) -> Tree:
-    return {
-        "beta1": _number(where, "beta1", beta1, minimum=0, below=1),
-        "beta2": _number(where, "beta2", beta2, minimum=0, below=1),
-        "eps": _number(where, "eps", eps, above=0, below=math.inf),
-        "weight_decay": _decay(where, decay),
-    }
 
 
 def adam(
@@ -2400,8 +2402,14 @@ def adam(
     weight_decay · p. As PyTorch's Adam (Kingma and Ba 2015). ValueError for a beta outside
     [0, 1), an eps that is not positive, a negative rate or decay.
     """
-    options = _adam_options("adam", beta1, beta2, eps, weight_decay)
-    return _optimizer("adam", {"lr": lr}, _adam_update, _ADAM_MEMORY, **options, decoupled=False)
+    options = {
+        "lr": lr,
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": eps,
+        "weight_decay": weight_decay,
+    }
+    return _optimizer(_Rule("adam", _adam_update, ["m", "v", "count"], options))
 
 
 def adamw(
@@ -2415,29 +2423,24 @@ def adamw(
 
     As PyTorch's AdamW (Loshchilov and Hutter 2019). Errors as `adam`.
     """
-    options = _adam_options("adamw", beta1, beta2, eps, weight_decay)
-    return _optimizer("adamw", {"lr": lr}, _adam_update, _ADAM_MEMORY, **options, decoupled=True)
+    options = {
+        "lr": lr,
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": eps,
+        "weight_decay": weight_decay,
+    }
+    return _optimizer(_Rule("adamw", _adam_update, ["m", "v", "count"], options, decoupled=True))
 
 
 def _rmsprop_update(
-    p: Array,
-    g: Array,
-    *,
-    lr: float,
-    square_average: Array,
-    velocity: Array | None = None,
-    decay: float,
-    eps: float,
-    momentum: float,
-    weight_decay: float,
+    p: Array, g: Array, memory: Tree, *, lr: float, decay: float, eps: float, momentum: float
 ) -> tuple[Array, Tree]:
-    if weight_decay:
-        g = g + weight_decay * p
-    square_average = decay * square_average + (1 - decay) * (g * g)
+    square_average = decay * memory["square_average"] + (1 - decay) * (g * g)
     change = g / (np.sqrt(square_average) + eps)
-    if velocity is None:
+    if "velocity" not in memory:
         return p - lr * change, {"square_average": square_average}
-    velocity = momentum * velocity + change
+    velocity = momentum * memory["velocity"] + change
     return p - lr * velocity, {"square_average": square_average, "velocity": velocity}
 
 
@@ -2454,24 +2457,17 @@ def rmsprop(
     Hinton 2012). ValueError for a decay or momentum outside [0, 1), an eps that is not positive,
     a negative rate.
     """
-    momentum = _rate_or_schedule("rmsprop", "momentum", momentum)
-    return _optimizer(
-        "rmsprop",
-        {"lr": lr, "momentum": momentum},
-        _rmsprop_update,
-        {"square_average": np.zeros_like, **_velocity(momentum)},
-        decay=_number("rmsprop", "decay", decay, minimum=0, below=1),
-        eps=_number("rmsprop", "eps", eps, above=0, below=math.inf),
-        weight_decay=_decay("rmsprop", weight_decay),
-    )
+    momentum = _momentum("rmsprop", momentum)
+    remembers = ["square_average", "velocity"] if momentum else ["square_average"]
+    options = {"lr": lr, "decay": decay, "eps": eps, "momentum": momentum}
+    options["weight_decay"] = weight_decay
+    return _optimizer(_Rule("rmsprop", _rmsprop_update, remembers, options))
 
 
 def _adagrad_update(
-    p: Array, g: Array, *, lr: float, square_sum: Array, eps: float, weight_decay: float
+    p: Array, g: Array, memory: Tree, *, lr: float, eps: float
 ) -> tuple[Array, Tree]:
-    if weight_decay:
-        g = g + weight_decay * p
-    square_sum = square_sum + g * g
+    square_sum = memory["square_sum"] + g * g
     return p - lr * (g / (np.sqrt(square_sum) + eps)), {"square_sum": square_sum}
 
 
@@ -2481,32 +2477,16 @@ def adagrad(lr: Rate = 0.01, eps: float = 1e-10, weight_decay: float = 0.0) -> O
     As PyTorch's Adagrad (Duchi et al. 2011). ValueError for an eps that is not positive, a
     negative rate or decay.
     """
-    return _optimizer(
-        "adagrad",
-        {"lr": lr},
-        _adagrad_update,
-        {"square_sum": np.zeros_like},
-        eps=_number("adagrad", "eps", eps, above=0, below=math.inf),
-        weight_decay=_decay("adagrad", weight_decay),
-    )
+    options = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+    return _optimizer(_Rule("adagrad", _adagrad_update, ["square_sum"], options))
 
 
 def _adadelta_update(
-    p: Array,
-    g: Array,
-    *,
-    lr: float,
-    square_average: Array,
-    change_average: Array,
-    decay: float,
-    eps: float,
-    weight_decay: float,
+    p: Array, g: Array, memory: Tree, *, lr: float, decay: float, eps: float
 ) -> tuple[Array, Tree]:
-    if weight_decay:
-        g = g + weight_decay * p
-    square_average = decay * square_average + (1 - decay) * (g * g)
-    change = np.sqrt(change_average + eps) / np.sqrt(square_average + eps) * g
-    change_average = decay * change_average + (1 - decay) * (change * change)
+    square_average = decay * memory["square_average"] + (1 - decay) * (g * g)
+    change = np.sqrt(memory["change_average"] + eps) / np.sqrt(square_average + eps) * g
+    change_average = decay * memory["change_average"] + (1 - decay) * (change * change)
     memory = {"square_average": square_average, "change_average": change_average}
     return p - lr * change, memory
 
@@ -2519,45 +2499,47 @@ def adadelta(
     u <- decay · u + (1 - decay) d²; g includes weight_decay · p. As PyTorch's Adadelta (Zeiler
     2012). ValueError for a decay outside [0, 1), an eps that is not positive, a negative rate.
     """
-    return _optimizer(
-        "adadelta",
-        {"lr": lr},
-        _adadelta_update,
-        {"square_average": np.zeros_like, "change_average": np.zeros_like},
-        decay=_number("adadelta", "decay", decay, minimum=0, below=1),
-        eps=_number("adadelta", "eps", eps, above=0, below=math.inf),
-        weight_decay=_decay("adadelta", weight_decay),
-    )
+    options = {"lr": lr, "decay": decay, "eps": eps, "weight_decay": weight_decay}
+    remembers = ["square_average", "change_average"]
+    return _optimizer(_Rule("adadelta", _adadelta_update, remembers, options))
 
 
 # ------------------------------------------------------------------------------------------------
 # Schedules: step -> learning rate, the first step is 0
 # ------------------------------------------------------------------------------------------------
 
-Schedule = Callable[[int], float]
+Schedule = Callable[[int | np.integer[Any] | Array], float]
 
 
-def _rate(where: str, name: str, lr: Any) -> float:
-    return _number(where, name, lr, minimum=0, below=math.inf)
+def _schedule(rule: Callable[..., float], **options: Any) -> Schedule:
+    """step -> rule(step, **options), with these options and then the step checked."""
+    where = rule.__name__.lstrip("_")
+    for name, option in options.items():
+        if name in ("factor", "decay", "rise"):
+            options[name] = _number(where, name, option, minimum=0, maximum=1)
+        elif name in ("every", "steps", "half_cycle"):
+            options[name] = _whole(where, name, option, 1)
+        elif isinstance(option, tuple):
+            options[name] = tuple(_whole(where, "every milestone", step, 0) for step in option)
+        elif not (name == "schedule" and callable(option)):
+            options[name] = _number(where, name, option, **_NOT_NEGATIVE)
+    return partial(_at_step, where=where, rule=partial(rule, **options))
 
 
-def _factor(where: str, name: str, factor: Any) -> float:
-    return _number(where, name, factor, minimum=0, maximum=1)
+def _at_step(step: Any, *, where: str, rule: Callable[..., float]) -> float:
+    return rule(_whole(where, "step", _item(step), 0))
 
 
 def _step_decay(step: int, *, lr: float, every: int, factor: float) -> float:
-    return lr * factor ** (_whole("step_decay", "step", step, 0) // every)
+    return lr * factor ** (step // every)
 
 
 def step_decay(lr: float, every: int, factor: float = 0.1) -> Schedule:
     """lr · factor^⌊step / every⌋."""
-    every = _whole("step_decay", "every", every, 1)
-    lr, factor = _rate("step_decay", "lr", lr), _factor("step_decay", "factor", factor)
-    return partial(_step_decay, lr=lr, every=every, factor=factor)
+    return _schedule(_step_decay, lr=lr, every=every, factor=factor)
 
 
 def _multistep(step: int, *, lr: float, milestones: tuple[int, ...], factor: float) -> float:
-    step = _whole("multistep", "step", step, 0)
     return lr * factor ** sum(step >= milestone for milestone in milestones)
 
 
@@ -2567,19 +2549,16 @@ def multistep(lr: float, milestones: Sequence[int] | Array, factor: float = 0.1)
         milestones = milestones.tolist()
     if isinstance(milestones, str) or not isinstance(milestones, Sequence):
         raise TypeError(f"multistep: milestones must be a sequence, got {_kind(milestones)}")
-    steps = tuple(_whole("multistep", "every milestone", step, 0) for step in milestones)
-    lr, factor = _rate("multistep", "lr", lr), _factor("multistep", "factor", factor)
-    return partial(_multistep, lr=lr, milestones=steps, factor=factor)
+    return _schedule(_multistep, lr=lr, milestones=tuple(milestones), factor=factor)
 
 
 def _exponential(step: int, *, lr: float, decay: float) -> float:
-    return lr * decay ** _whole("exponential", "step", step, 0)
+    return lr * decay**step
 
 
 def exponential(lr: float, decay: float) -> Schedule:
     """lr · decay^step."""
-    decay = _factor("exponential", "decay", decay)
-    return partial(_exponential, lr=_rate("exponential", "lr", lr), decay=decay)
+    return _schedule(_exponential, lr=lr, decay=decay)
 
 
 def _between(start: float, end: float, progress: float) -> float:
@@ -2588,7 +2567,6 @@ def _between(start: float, end: float, progress: float) -> float:
 
 
 def _cosine(step: int, *, lr: float, steps: int, final: float) -> float:
-    step = _whole("cosine", "step", step, 0)
     return _between(lr, final, step / steps) if step < steps else final
 
 
@@ -2597,24 +2575,20 @@ def cosine(lr: float, steps: int, final: float = 0.0) -> Schedule:
 
     Loshchilov and Hutter 2017, without restarts.
     """
-    lr, final = _rate("cosine", "lr", lr), _rate("cosine", "final", final)
-    return partial(_cosine, lr=lr, steps=_whole("cosine", "steps", steps, 1), final=final)
+    return _schedule(_cosine, lr=lr, steps=steps, final=final)
 
 
 def _cyclic(step: int, *, low: float, high: float, half_cycle: int) -> float:
-    position = _whole("cyclic", "step", step, 0) % (2 * half_cycle)
+    position = step % (2 * half_cycle)
     return low + (high - low) * min(position, 2 * half_cycle - position) / half_cycle
 
 
 def cyclic(low: float, high: float, half_cycle: int) -> Schedule:
     """A triangle: `low` at 0, `high` after `half_cycle` steps, then back to `low` (Smith 2017)."""
-    low, high = _rate("cyclic", "low", low), _rate("cyclic", "high", high)
-    half_cycle = _whole("cyclic", "half_cycle", half_cycle, 1)
-    return partial(_cyclic, low=low, high=high, half_cycle=half_cycle)
+    return _schedule(_cyclic, low=low, high=high, half_cycle=half_cycle)
 
 
 def _one_cycle(step: int, *, peak: float, steps: int, rise: float) -> float:
-    step = _whole("one_cycle", "step", step, 0)
     top = max(rise * steps - 1, 0)
     if step < top:
         return _between(peak / 25, peak, step / top)
@@ -2628,22 +2602,18 @@ def one_cycle(peak: float, steps: int, rise: float = 0.3) -> Schedule:
 
     Smith and Topin 2018, with the numbers of PyTorch's OneCycleLR; after the last step it stays.
     """
-    peak, rise = _rate("one_cycle", "peak", peak), _factor("one_cycle", "rise", rise)
-    return partial(_one_cycle, peak=peak, steps=_whole("one_cycle", "steps", steps, 1), rise=rise)
+    return _schedule(_one_cycle, peak=peak, steps=steps, rise=rise)
 
 
 def _warmup(step: int, *, schedule: Rate, steps: int) -> float:
-    step = _whole("warmup", "step", step, 0)
     if callable(schedule):
-        schedule = _rate("warmup", f"schedule({step})", schedule(step))
+        schedule = _number("warmup", f"schedule({step})", schedule(step), **_NOT_NEGATIVE)
     return schedule * (step + 1) / steps if step < steps else schedule
 
 
 def warmup(schedule: Rate, steps: int) -> Schedule:
     """schedule(step) · min(1, (step + 1) / steps); `schedule` may be a number."""
-    if not callable(schedule):
-        schedule = _rate("warmup", "schedule", schedule)
-    return partial(_warmup, schedule=schedule, steps=_whole("warmup", "steps", steps, 1))
+    return _schedule(_warmup, schedule=schedule, steps=steps)
 
 
 def reduce_on_plateau(
@@ -2658,7 +2628,7 @@ def reduce_on_plateau(
     where = "reduce_on_plateau"
     if not isinstance(state, dict) or "scale" not in state:
         raise ValueError(f"{where}: expected an optimiser's state, got {_names(state)}")
-    factor = _factor(where, "factor", factor)
+    factor = _number(where, "factor", factor, minimum=0, maximum=1)
     patience = _whole(where, "patience", patience, 0)
     threshold = _number(where, "threshold", threshold, minimum=0, below=1)
     loss = _float(where, "loss", loss)
@@ -2840,15 +2810,14 @@ def check_gradients(layer: Any, params: Any, x: Array, rtol: float = 1e-5, key: 
 
 @_quiet
 def _value_and_grad(
-    params: Tree, x: Array, target: Array, *, net: Any, loss: Callable
+    params: Tree, x: Array, target: Array, *, net: Any, loss: Callable[..., Any]
 ) -> tuple[float, Tree, Any]:
     prediction, cache = net.forward(params, x)
     value, dprediction = loss(prediction, target)
-    options = {"need_dx": False} if _takes_need_dx(net.backward) else {}
-    return value, net.backward(params, cache, dprediction, **options)[1], cache
+    return value, _without_dx(net.backward, params, cache, dprediction)[1], cache
 
 
-def value_and_grad(net: Any, loss: Callable) -> Callable[..., tuple[float, Tree, Any]]:
+def value_and_grad(net: Any, loss: Callable[..., Any]) -> Callable[..., tuple[float, Tree, Any]]:
     """The pure function (params, x, target) -> (loss, grads, cache) of a network and a loss.
 
     `cache` is that of the forward pass, for `update_statistics`.
@@ -2872,7 +2841,7 @@ def _only_statistics(cache: Any) -> Tree:
 
 
 def _shard(
-    part: tuple[float, Tree, Array, Array], *, gradients: Callable
+    part: tuple[float, Tree, Array, Array], *, gradients: Callable[..., Any]
 ) -> tuple[float, Tree, Tree]:
     """The loss, grads and statistics of one part, times its share of the batch."""
     share, *arguments = part
@@ -2882,7 +2851,13 @@ def _shard(
 
 
 def _data_parallel(
-    params: Tree, x: Array, target: Array, *, gradients: Callable, shards: int, mapped: Callable
+    params: Tree,
+    x: Array,
+    target: Array,
+    *,
+    gradients: Callable[..., Any],
+    shards: int,
+    mapped: Callable[..., Any],
 ) -> tuple[float, Tree, Tree]:
     if not isinstance(params, dict):
         raise TypeError(f"data_parallel: params must be a dict, got {_kind(params)}")
@@ -2906,9 +2881,9 @@ def _data_parallel(
 
 
 def data_parallel(
-    value_and_grad: Callable,
+    value_and_grad: Callable[..., Any],
     shards: int,
-    map: Callable = map,  # noqa: A002 (it takes the built-in one's place)
+    map: Callable[..., Any] = map,  # noqa: A002 (it takes the built-in one's place)
 ) -> Callable[..., tuple[float, Tree, Tree]]:
     """The same function (params, x, target) -> (loss, grads, cache), computed in parts.
 
@@ -3037,7 +3012,7 @@ def _path(where: str, path: Any) -> str:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, which takes the place of `path` once it is completely on the disk.
 
     `with replacing("results.csv") as file: file.write(b"...")`. It is written beside `path` as
@@ -3066,7 +3041,7 @@ def _digest(archive: Any) -> bytes:
     return b"purenn " + hashlib.sha256(repr(contents).encode()).hexdigest().encode()
 
 
-def save(path: str | os.PathLike, tree: Tree) -> None:
+def save(path: Path, tree: Tree) -> None:
     """Write a tree of arrays to a file that `load` and `np.load` read (.npz, uncompressed).
 
     The file is written beside `path` and then renamed, so that an older one is never lost.
@@ -3143,7 +3118,7 @@ def _read_npy(member: IO[bytes], size: int) -> Array:
     return _read_array(member, dtype, shape, "F" if header[2] == b"True" else "C")
 
 
-def read_npz(path: str | os.PathLike, *, ratio: float = 1) -> dict[str, Array]:
+def read_npz(path: Path, *, ratio: float = 1) -> dict[str, Array]:
     """{name: array} of a .npz file that unpacks to at most `ratio` times its size.
 
     ValueError (with the path) for a damaged, truncated or untrusted file that is not one; no code
@@ -3171,7 +3146,7 @@ def read_npz(path: str | os.PathLike, *, ratio: float = 1) -> dict[str, Array]:
     return arrays
 
 
-def load(path: str | os.PathLike) -> Tree:
+def load(path: Path) -> Tree:
     """The tree of arrays that `save` wrote.
 
     ValueError (with the path) for a damaged, truncated or hostile file; no code in it is ever
