@@ -123,7 +123,8 @@ def _ink(segments: Array, generator: np.random.Generator, size: int) -> Array:
     )
     image = ink * np.clip((thickness - _distances(segments, size)) / blur + 0.5, 0, 1)
     image += noise * generator.standard_normal(image.shape, np.float32)
-    return (np.clip(image, 0, 1) * 255).astype(np.uint8)
+    ink_on_paper: Array = (np.clip(image, 0, 1) * 255).astype(np.uint8)
+    return ink_on_paper
 
 
 def draw_digits(key: Key, count: int, size: int = 28) -> tuple[Array, Array]:

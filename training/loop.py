@@ -331,7 +331,7 @@ def interrupt(experiment: Experiment, step: int, total_steps: int) -> None:
     """KeyboardInterrupt, with a word on how to go on."""
     if experiment.team.communicator:
         experiment.team.communicator.Barrier()  # no rank ends before the checkpoint is written
-    then = "with --out it could be gone on with"
+    then = "with --out it could be resumed"
     if experiment.options.out:
         then = "the same command with --resume goes on from there"
     raise KeyboardInterrupt(f"interrupted after step {step} of {total_steps}; {then}")

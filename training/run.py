@@ -108,9 +108,9 @@ def check_ranks_agree(experiment: Experiment) -> None:
 
 
 @contextlib.contextmanager
-def silenced(options: Chosen) -> Iterator[Chosen]:
+def silence(options: Chosen) -> Iterator[Chosen]:
     """The options of a rank beside rank 0, which alone reports, reads and writes."""
-    with open(os.devnull, "w", encoding="utf-8") as silence, contextlib.redirect_stdout(silence):
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         yield replace(options, out=None, plot=None, resume=False, summary=False)
 
 
@@ -121,7 +121,7 @@ def run(options: Options, script: Script) -> None:
     with contextlib.ExitStack() as stack:
         team = stack.enter_context(open_team(options))
         if team.rank:
-            options = stack.enter_context(silenced(options))
+            options = stack.enter_context(silence(options))
         with one_rank_first(team):
             check_options(options)
             open_folders(options)
