@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from training.command_line import all_values, from_values
 from training.datasets import RATIO, as_images, read_idx, scale_images
 from training.files import blame
 from training.images import image_suffixes, list_images, read_image, resize
+from training.loop import start_from
 from training.options import Options
 from training.prediction import predict
 
@@ -45,8 +47,10 @@ def load_model(
     with blame_outputs(os.path.join(folder, "run.json")):
         classes, shape = check_classifier(run)
         options = from_values(record, run.options)
-        net = build(options, len(classes))
-    params = nn.load(os.path.join(folder, "model.npz"))
+        # What init gives is compared by its shapes alone, and zeros take no memory.
+        net = build(replace(options, init="zeros", init_std=None), len(classes))
+        params, _ = net.init(0, shape)
+    params = start_from(os.path.join(folder, "model.npz"), params, ())
     return Model(net, params, classes, shape, options.center)
 
 
@@ -117,8 +121,6 @@ def fit_images(model: Model, images: np.ndarray) -> np.ndarray:
 def classify(model: Model, images: np.ndarray) -> list[tuple[str, float]]:
     """(class, its probability) of every image."""
     logits = predict(model.net, model.params, fit_images(model, images))
-    if logits.ndim != 2 or logits.shape[1] != len(model.classes):
-        raise ValueError(f"the network gives {logits.shape[1:]}, not {len(model.classes)} logits")
     probabilities, _ = nn.softmax().forward({}, logits)
     return [(model.classes[row.argmax()], float(row.max())) for row in probabilities]
 
