@@ -4,7 +4,7 @@ A layer is a pair of pure functions over params, a dict of arrays:
 
     forward(params, x) -> (y, cache)        backward(params, cache, dy) -> (dx, grads)
 
-A network is a layer made of layers and has exactly the same two functions. An optimiser is a
+A network is a layer made of layers and has exactly the same two functions. An optimizer is a
 state transition, step(params, grads, state) -> (params, state). Nothing the caller can see is
 ever written to, the same arguments give the same bits, and the dtype of x is kept: float32 in,
 float32 out; float64 in, float64 out. What overflows becomes inf, without a warning.
@@ -215,8 +215,7 @@ def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
 
     All trees have the same names, else ValueError. Everything that is not a dict is a leaf.
     """
-    if not callable(f):
-        raise TypeError(f"tree_map: f must be a function, got {_kind(f)}")
+    _check_function("tree_map", "f", f)
     if not trees:
         raise TypeError("tree_map: expected at least one tree")
     if not any(isinstance(tree, dict) for tree in trees):
@@ -231,8 +230,7 @@ def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
 
 def _flatten(where: str, what: str, tree: Any) -> dict[str, Any]:
     """`tree_flatten`, with errors that say what the tree is."""
-    if not isinstance(tree, dict):
-        raise TypeError(f"{where}: {what} must be a dict, got {_kind(tree)}")
+    _check_dict(where, what, tree)
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if not isinstance(name, str):
@@ -267,14 +265,13 @@ def tree_unflatten(flat: dict[str, Any]) -> Tree:
 
     ValueError where one name is both a leaf and a branch, or nested deeper than 100.
     """
-    if not isinstance(flat, dict):
-        raise TypeError(f"tree_unflatten: flat must be a dict, got {_kind(flat)}")
+    _check_dict("tree_unflatten", "flat", flat)
     tree: Tree = {}
     for path, leaf in flat.items():
         if not isinstance(path, str):
             raise TypeError(f"tree_unflatten: names must be strings, got {path!r}")
         *branches, name = path.split("/")
-        if len(branches) > 100:  # what follows a tree from outside shall not run out of stack
+        if len(branches) > 100:  # so that no recursion over an untrusted tree overflows the stack
             raise ValueError(f"tree_unflatten: {path[:50]!r}... is nested deeper than 100")
         node = tree
         for branch in branches:
@@ -408,8 +405,7 @@ def training(params: Tree, key: Key) -> Tree:
     `sequential` and `residual` hand each child a key of its own; `dropout` draws its mask from
     it, and `batch_norm` takes the statistics of the batch. Params without a key mean inference.
     """
-    if not isinstance(params, dict):
-        raise TypeError(f"training: params must be a dict, got {_kind(params)}")
+    _check_dict("training", "params", params)
     return {**params, "key": _key_array(key)}
 
 
@@ -418,7 +414,7 @@ def _generator(key: Key) -> np.random.Generator:
 
 
 # ------------------------------------------------------------------------------------------------
-# Initialisers: (key, shape) -> array of float32
+# Initializers: (key, shape) -> array of float32
 # ------------------------------------------------------------------------------------------------
 
 Initializer = Callable[[Any, Shape], Array]
@@ -426,7 +422,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 def zeros(key: Key, shape: Shape) -> Array:
-    """0 everywhere."""
+    """All entries 0."""
     return np.zeros(_check_shape("zeros", shape), np.float32)
 
 
@@ -435,7 +431,7 @@ def _constant(key: Key, shape: Shape, *, value: float) -> Array:
 
 
 def constant(value: float) -> Initializer:
-    """`value` everywhere."""
+    """All entries `value`."""
     value = _number("constant", "value", value, minimum=-_LARGEST, maximum=_LARGEST)
     return partial(_constant, value=value)
 
@@ -617,7 +613,6 @@ class _Form:
         self.hint = hint  # for an x that lacks one axis
         self.entries = {name.rstrip("_"): axes.split() for name, axes in entries.items()}
         self.optional = {name.rstrip("_") for name in entries if name.endswith("_")}
-        self.known = frozenset(self.entries) | {"key"}
 
     def shape(self, layer: str, shape: Any) -> Shape:
         """The shape of one sample, checked: where `init` begins."""
@@ -627,33 +622,42 @@ class _Form:
             raise ValueError(f"{layer}: shape must be {_axes(*samples)}, got {shape}")
         return shape
 
-    def params(self, layer: str, params: Tree, x: Array, what: str = "x") -> tuple[Tree, Shape]:
-        """The params in the dtype of x, and the shape of y, once they and x are checked."""
-        if type(x) is not np.ndarray or x.dtype.char not in "fd":
-            _check_array(layer, what, x)
-        if not isinstance(params, dict) or not params.keys() <= self.known:
-            _check_names(layer, params, self.entries)
-        shapes: list[Shape | None] = []
-        for name in self.entries:
-            array = params.get(name)
-            if type(array) is not np.ndarray or array.dtype is not x.dtype:
-                if name in self.optional and name not in params:
-                    shapes.append(None)
-                    continue
-                array = _entry(layer, params, name, x.dtype)
-                params = {**params, name: array}
-            shapes.append(array.shape)
-        return params, _check_axes(self, layer, what, x.shape, tuple(shapes))
+    def checker(self, layer: str, what: str) -> Callable[[Any, Any], tuple[Tree, Shape]]:
+        """The function (params, x) -> (params in the dtype of x, shape of y), once they fit."""
+        # The shapes of one step come again in the next.
+        check_axes = lru_cache(maxsize=256)(partial(_check_axes, self, layer, what))
+        names = tuple(self.entries)
+
+        def check(params: Any, x: Any) -> tuple[Tree, Shape]:
+            if type(x) is not np.ndarray or x.dtype.char not in "fd":
+                _check_array(layer, what, x)
+            _check_dict(layer, "params", params)
+            dtype, shapes, unknown = x.dtype, [x.shape], len(params) - ("key" in params)
+            for name in names:
+                array = params.get(name)
+                if type(array) is not np.ndarray or array.dtype is not dtype:
+                    if name in self.optional and name not in params:
+                        shapes.append(None)
+                        continue
+                    array = _entry(layer, params, name, dtype)
+                    params = {**params, name: array}
+                shapes.append(array.shape)
+                unknown -= 1
+            if unknown:
+                _check_names(layer, params, self.entries)
+            return params, check_axes(*shapes)
+
+        return check
 
     def forward(self, function: _Function) -> _Function:
         """A decorator: function(params, x), checked and without NumPy's warnings."""
-        layer = function.__name__.removesuffix("_forward")
+        check = self.checker(function.__name__.removesuffix("_forward"), "x")
 
         @wraps(function)
         def forward(params: Tree, x: Array, **options: Any) -> Any:
             if not _QUIET.get():
                 return _call_quietly(forward, params, x, **options)
-            params, _ = self.params(layer, params, x)
+            params, _ = check(params, x)
             return function(params, x, **options)
 
         return cast(_Function, forward)
@@ -667,6 +671,7 @@ class _Form:
 
         def decorate(function: _Function) -> _Function:
             layer = function.__name__.removesuffix("_backward")
+            check = self.checker(layer, entries[0] if entries else "cache")
 
             @wraps(function)
             def backward(params: Tree, cache: Any, dy: Array, **options: Any) -> Any:
@@ -674,8 +679,8 @@ class _Form:
                     return _call_quietly(backward, params, cache, dy, **options)
                 if entries:
                     cache = _own_cache(layer, cache, entries)
-                x, what = (cache[entries[0]], entries[0]) if entries else (cache, "cache")
-                params, shape = self.params(layer, params, x, what)
+                x = cache[entries[0]] if entries else cache
+                params, shape = check(params, x)
                 if self.y != []:
                     dy = _gradient(layer, dy, shape, x.dtype)
                 return function(params, cache, dy, **options)
@@ -711,10 +716,7 @@ def _own_cache(where: str, cache: Any, entries: Sequence[str]) -> Tree:
     return {**cache, **{name: _entry(where, cache, name, dtype) for name in entries}}
 
 
-@lru_cache(maxsize=1024)  # the shapes of one step come again in the next
-def _check_axes(
-    form: _Form, layer: str, what: str, x: Shape, entries: tuple[Shape | None, ...]
-) -> Shape:
+def _check_axes(form: _Form, layer: str, what: str, x: Shape, *entries: Shape | None) -> Shape:
     """The shape of y; ValueError where shapes do not fit the form or each other."""
     bound = [(axes, sizes) for axes in form.x if (sizes := _bind(axes, x)) is not None]
     if not bound:
@@ -1854,9 +1856,9 @@ def _within(name: str, function: Callable[..., Any], *arguments: Any) -> tuple[A
 
 def _children(where: str, params: Tree, layers: dict[str, LayerLike]) -> Tree:
     """{name: params} of the children; while training, with a key each, folded from the parent's."""
-    _check_names(where, params, layers)
-    if "key" not in params:
+    if isinstance(params, dict) and params.keys() <= layers.keys():
         return params
+    _check_names(where, params, layers)
     parent = _key_array(params["key"])
     keys = np.empty((len(layers), len(parent) + 1), np.uint32)
     keys[:, :-1] = parent
@@ -2229,11 +2231,15 @@ class _Rule(NamedTuple):
     decoupled: bool = False  # weight decay shrinks the entry instead of adding to its gradient
 
 
-def _optimizer(rule: _Rule) -> Optimizer:
-    """An optimizer of a rule, once its options are checked."""
-    for name, option in rule.options.items():
+def _check_options(where: str, **options: Any) -> Tree:
+    """The options of an optimizer, checked; lr and momentum may be schedules."""
+    for name, option in options.items():
         if not (name in ("lr", "momentum") and callable(option)):
-            rule.options[name] = _number(rule.name, name, option, **_OPTIONS[name])
+            options[name] = _number(where, name, option, **_OPTIONS[name])
+    return options
+
+
+def _optimizer(rule: _Rule) -> Optimizer:
     return Optimizer(partial(_init_state, rule=rule), partial(_take_step, rule=rule))
 
 
@@ -2343,12 +2349,6 @@ def _sgd_update(
     return change, {"velocity": velocity}
 
 
-def _momentum(where: str, momentum: Rate) -> Rate:
-    if callable(momentum):
-        return momentum
-    return _number(where, "momentum", momentum, **_BELOW_1)
-
-
 def sgd(
     lr: Rate, momentum: Rate = 0.0, nesterov: bool = False, weight_decay: float = 0.0
 ) -> Optimizer:
@@ -2359,12 +2359,11 @@ def sgd(
     outside [0, 1) or a negative rate or decay.
     """
     _check_bool("sgd", "nesterov", nesterov)
-    momentum = _momentum("sgd", momentum)
-    if nesterov and not momentum:
+    options = _check_options("sgd", lr=lr, momentum=momentum, weight_decay=weight_decay)
+    if nesterov and not options["momentum"]:
         raise ValueError("sgd: nesterov needs a momentum above 0")
-    options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     update = partial(_sgd_update, nesterov=nesterov)
-    return _optimizer(_Rule("sgd", update, ["velocity"] if momentum else [], options))
+    return _optimizer(_Rule("sgd", update, ["velocity"] if options["momentum"] else [], options))
 
 
 def _adam_update(
@@ -2402,13 +2401,9 @@ def adam(
     weight_decay · p. As PyTorch's Adam (Kingma and Ba 2015). ValueError for a beta outside
     [0, 1), an eps that is not positive, a negative rate or decay.
     """
-    options = {
-        "lr": lr,
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": eps,
-        "weight_decay": weight_decay,
-    }
+    options = _check_options(
+        "adam", lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay
+    )
     return _optimizer(_Rule("adam", _adam_update, ["m", "v", "count"], options))
 
 
@@ -2423,13 +2418,9 @@ def adamw(
 
     As PyTorch's AdamW (Loshchilov and Hutter 2019). Errors as `adam`.
     """
-    options = {
-        "lr": lr,
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": eps,
-        "weight_decay": weight_decay,
-    }
+    options = _check_options(
+        "adamw", lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay
+    )
     return _optimizer(_Rule("adamw", _adam_update, ["m", "v", "count"], options, decoupled=True))
 
 
@@ -2457,10 +2448,10 @@ def rmsprop(
     Hinton 2012). ValueError for a decay or momentum outside [0, 1), an eps that is not positive,
     a negative rate.
     """
-    momentum = _momentum("rmsprop", momentum)
-    remembers = ["square_average", "velocity"] if momentum else ["square_average"]
-    options = {"lr": lr, "decay": decay, "eps": eps, "momentum": momentum}
-    options["weight_decay"] = weight_decay
+    options = _check_options(
+        "rmsprop", lr=lr, decay=decay, eps=eps, momentum=momentum, weight_decay=weight_decay
+    )
+    remembers = ["square_average", *(["velocity"] if options["momentum"] else [])]
     return _optimizer(_Rule("rmsprop", _rmsprop_update, remembers, options))
 
 
@@ -2477,7 +2468,7 @@ def adagrad(lr: Rate = 0.01, eps: float = 1e-10, weight_decay: float = 0.0) -> O
     As PyTorch's Adagrad (Duchi et al. 2011). ValueError for an eps that is not positive, a
     negative rate or decay.
     """
-    options = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+    options = _check_options("adagrad", lr=lr, eps=eps, weight_decay=weight_decay)
     return _optimizer(_Rule("adagrad", _adagrad_update, ["square_sum"], options))
 
 
@@ -2499,7 +2490,7 @@ def adadelta(
     u <- decay · u + (1 - decay) d²; g includes weight_decay · p. As PyTorch's Adadelta (Zeiler
     2012). ValueError for a decay outside [0, 1), an eps that is not positive, a negative rate.
     """
-    options = {"lr": lr, "decay": decay, "eps": eps, "weight_decay": weight_decay}
+    options = _check_options("adadelta", lr=lr, decay=decay, eps=eps, weight_decay=weight_decay)
     remembers = ["square_average", "change_average"]
     return _optimizer(_Rule("adadelta", _adadelta_update, remembers, options))
 
@@ -2619,7 +2610,7 @@ def warmup(schedule: Rate, steps: int) -> Schedule:
 def reduce_on_plateau(
     state: Tree, loss: float, factor: float = 0.5, patience: int = 10, threshold: float = 1e-3
 ) -> Tree:
-    """An optimiser's state whose "scale" was multiplied by `factor` if the loss has settled.
+    """An optimizer's state whose "scale" was multiplied by `factor` if the loss has settled.
 
     That is after more than `patience` calls in a row in which the loss was not below
     best · (1 - threshold), as PyTorch's ReduceLROnPlateau counts them. The best loss and the
@@ -2627,7 +2618,7 @@ def reduce_on_plateau(
     """
     where = "reduce_on_plateau"
     if not isinstance(state, dict) or "scale" not in state:
-        raise ValueError(f"{where}: expected an optimiser's state, got {_names(state)}")
+        raise ValueError(f"{where}: expected an optimizer's state, got {_names(state)}")
     factor = _number(where, "factor", factor, minimum=0, maximum=1)
     patience = _whole(where, "patience", patience, 0)
     threshold = _number(where, "threshold", threshold, minimum=0, below=1)
@@ -2665,7 +2656,7 @@ class _Probe(NamedTuple):
     def output(self, positions: Any, change: Array | float) -> Array:
         moved = self.array.copy()
         moved.reshape(-1)[positions] += change
-        inputs = _replaced(self.inputs, self.path, moved)
+        inputs = _replace(self.inputs, self.path, moved)
         return self.layer.forward(inputs["params"], inputs["x"])[0]
 
     def slope(self, positions: Any, direction: Array | float, step: float) -> float:
@@ -2675,16 +2666,16 @@ class _Probe(NamedTuple):
         return float(((higher - lower) * self.r).sum()) / (2 * step)
 
 
-def _replaced(tree: Tree, path: str, leaf: Array) -> Tree:
+def _replace(tree: Tree, path: str, leaf: Array) -> Tree:
     name, _, rest = path.partition("/")
-    return {**tree, name: _replaced(tree[name], rest, leaf) if rest else leaf}
+    return {**tree, name: _replace(tree[name], rest, leaf) if rest else leaf}
 
 
 def _suspect(probe: _Probe, analytic: Array, direction: Array) -> int:
-    """The position found by halving: always the half whose slope along `direction` is wronger.
+    """A position that is probably wrong, found by bisection.
 
-    One wrong entry anywhere changes the slope along a direction that moves every entry, so that
-    it is found with few slopes, however many entries there are.
+    One wrong entry changes the slope along a direction that moves every entry; the half whose
+    slope is further off is searched next, so few slopes suffice, however many entries there are.
     """
 
     def error(positions: Array) -> float:
@@ -2704,7 +2695,7 @@ def _suspect(probe: _Probe, analytic: Array, direction: Array) -> int:
 
 
 def _compare(probe: _Probe, analytic: Array, y: Array, rtol: float, key: Key) -> None:
-    """AssertionError where the slope by backward is not that by differences."""
+    """AssertionError where backward and central differences disagree."""
     name = probe.path.replace("params/", "grads/") if probe.path != "x" else "dx"
     if analytic.shape != probe.array.shape:
         raise AssertionError(
@@ -2728,7 +2719,7 @@ def _compare(probe: _Probe, analytic: Array, y: Array, rtol: float, key: Key) ->
         finite = math.isfinite(flat[position])
         if finite and abs(slope - flat[position]) <= tolerance:
             continue
-        # At a kink, as relu has one at 0, everything between the two one-sided slopes is right.
+        # At a kink, such as relu's at 0, anything between the two one-sided slopes is right.
         right = float(((probe.output(position, step) - y) * probe.r).sum()) / step
         left = 2 * slope - right
         lower, upper = min(left, right) - tolerance, max(left, right) + tolerance
@@ -2747,7 +2738,7 @@ def _float64(leaf: Any) -> Any:
     if array.dtype.kind != "f":
         return leaf
     array = array.astype(np.float64)
-    array.flags.writeable = False  # so that a layer that writes to its input is found at that line
+    array.flags.writeable = False  # a layer that writes to its input fails at that very line
     return array
 
 
@@ -2762,24 +2753,25 @@ def _untrained(params: Any, cache: Any, path: str) -> set[str]:
 
 
 @_quiet
-def check_gradients(layer: Any, params: Any, x: Array, rtol: float = 1e-5, key: Key = 0) -> None:
+def check_gradients(
+    layer: Differentiable, params: Tree | None, x: Array, rtol: float = 1e-5, key: Key = 0
+) -> None:
     """Compare `backward` with central differences in float64, for dx and every entry of grads.
 
     `layer` is anything with forward(params, x) -> (y, cache) and backward(params, cache, dy) ->
     (dx, grads). What is compared is the gradient of Σ y · r, r random from `key`. An array of
-    many entries is sampled, and searched by halving for the entry that is most wrong. For
-    training mode give `training(params, key)`.
+    many entries is sampled, and searched by bisection for a wrong one. For training mode give
+    `training(params, key)`.
 
-    AssertionError names the entry, its index, and both values; also when a gradient has the
-    wrong shape, when y depends on an entry that grads lack, and for grads that params lack.
-    Where y has a kink, any slope between those of its two sides is accepted.
+    AssertionError names the entry, its index and both values; it is also raised when a gradient
+    has the wrong shape, when y depends on an entry that grads lack, and for grads that params
+    lack. Where y has a kink, any slope between those of its two sides is accepted.
     """
     rtol = _number("check_gradients", "rtol", rtol, above=0, below=math.inf)
     _check_layer("check_gradients", "layer", layer, ("forward", "backward"))
     _check_numbers("check_gradients", "x", x)
     params = {} if params is None else params
-    if not isinstance(params, dict):
-        raise TypeError(f"check_gradients: params must be a dict, got {_kind(params)}")
+    _check_dict("check_gradients", "params", params)
     inputs = tree_map(_float64, {"params": params, "x": x})
     y, cache = layer.forward(inputs["params"], inputs["x"])
     if not isinstance(y, np.ndarray) or y.dtype != np.float64:
@@ -2808,23 +2800,27 @@ def check_gradients(layer: Any, params: Any, x: Array, rtol: float = 1e-5, key: 
 # ------------------------------------------------------------------------------------------------
 
 
+Loss = Callable[[Array, Array], tuple[float, Array]]
+ValueAndGrad = Callable[[Tree, Array, Array], tuple[float, Tree, Any]]
+
+
 @_quiet
 def _value_and_grad(
-    params: Tree, x: Array, target: Array, *, net: Any, loss: Callable[..., Any]
+    params: Tree, x: Array, target: Array, *, net: Differentiable, loss: Loss
 ) -> tuple[float, Tree, Any]:
     prediction, cache = net.forward(params, x)
     value, dprediction = loss(prediction, target)
     return value, _without_dx(net.backward, params, cache, dprediction)[1], cache
 
 
-def value_and_grad(net: Any, loss: Callable[..., Any]) -> Callable[..., tuple[float, Tree, Any]]:
+def value_and_grad(net: Differentiable, loss: Loss) -> ValueAndGrad:
     """The pure function (params, x, target) -> (loss, grads, cache) of a network and a loss.
 
-    `cache` is that of the forward pass, for `update_statistics`.
+    grads are those of the params alone: dx is not computed. `cache` is that of the forward pass,
+    for `update_statistics`. TypeError for what is not a network or not a function.
     """
     _check_layer("value_and_grad", "net", net, ("forward", "backward"))
-    if not callable(loss):
-        raise TypeError(f"value_and_grad: loss must be a function, got {_kind(loss)}")
+    _check_function("value_and_grad", "loss", loss)
     return partial(_value_and_grad, net=net, loss=loss)
 
 
@@ -2840,12 +2836,12 @@ def _only_statistics(cache: Any) -> Tree:
     return {name: value for name, value in found.items() if value}
 
 
-def _shard(
-    part: tuple[float, Tree, Array, Array], *, gradients: Callable[..., Any]
+def _shard_gradients(
+    part: tuple[float, Tree, Array, Array], *, gradients: ValueAndGrad
 ) -> tuple[float, Tree, Tree]:
     """The loss, grads and statistics of one part, times its share of the batch."""
-    share, *arguments = part
-    loss, grads, cache = gradients(*arguments)
+    share, params, x, target = part
+    loss, grads, cache = gradients(params, x, target)
     times = partial(_times, factor=share)
     return share * loss, tree_map(times, grads), tree_map(times, _only_statistics(cache))
 
@@ -2855,12 +2851,11 @@ def _data_parallel(
     x: Array,
     target: Array,
     *,
-    gradients: Callable[..., Any],
+    gradients: ValueAndGrad,
     shards: int,
-    mapped: Callable[..., Any],
+    map_parts: Callable[..., Any],
 ) -> tuple[float, Tree, Tree]:
-    if not isinstance(params, dict):
-        raise TypeError(f"data_parallel: params must be a dict, got {_kind(params)}")
+    _check_dict("data_parallel", "params", params)
     for name, array in (("x", x), ("target", target)):
         if not _is_array(array) or not array.ndim:
             raise TypeError(f"data_parallel: {name} must be an array (N, ...), got {_kind(array)}")
@@ -2873,7 +2868,7 @@ def _data_parallel(
         key = {"key": fold_key(params["key"], shard)} if "key" in params else {}
         share = (stop - start) / max(len(x), 1)
         parts.append((share, {**params, **key}, x[start:stop], target[start:stop]))
-    results = list(mapped(partial(_shard, gradients=gradients), parts))
+    results = list(map_parts(partial(_shard_gradients, gradients=gradients), parts))
     if len(results) != count:
         raise ValueError(f"data_parallel: map gave {len(results)} results of {count} parts")
     losses, grads, statistics = zip(*results, strict=True)
@@ -2881,28 +2876,28 @@ def _data_parallel(
 
 
 def data_parallel(
-    value_and_grad: Callable[..., Any],
+    value_and_grad: ValueAndGrad,
     shards: int,
-    map: Callable[..., Any] = map,  # noqa: A002 (it takes the built-in one's place)
-) -> Callable[..., tuple[float, Tree, Tree]]:
+    map: Callable[..., Iterable[Any]] = map,  # noqa: A002 (it stands in for the built-in)
+) -> ValueAndGrad:
     """The same function (params, x, target) -> (loss, grads, cache), computed in parts.
 
-    The batch is cut into `shards` equal parts. `map` computes them: the built-in one after the
-    other, `ThreadPoolExecutor(2).map` at once; the result depends on `shards` alone. Loss, grads
-    and what the cache lists under "statistics" are means over the parts, weighted by their sizes
-    and added in their order; nothing else of the cache remains. Each part has a key of its own,
-    and batch norm normalises each part by itself. ValueError where x and target differ in length.
+    The batch is cut into `shards` equal parts. `map` computes them: the built-in one by one,
+    `ThreadPoolExecutor(2).map` in parallel; the result depends on `shards` alone. Loss, grads and
+    what the cache lists under "statistics" are means over the parts, weighted by their sizes and
+    added in order; nothing else of the cache remains. Each part has a key of its own, and batch
+    norm normalizes each part by itself. ValueError where x and target differ in length.
     """
     if not callable(value_and_grad) or not callable(map):
         raise TypeError("data_parallel: value_and_grad and map must be functions")
     shards = _whole("data_parallel", "shards", shards, 1)
-    return partial(_data_parallel, gradients=value_and_grad, shards=shards, mapped=map)
+    return partial(_data_parallel, gradients=value_and_grad, shards=shards, map_parts=map)
 
 
 def accuracy(logits: Array, labels: Array) -> float:
-    """The share of samples whose largest logit is their label's: logits (N, K), labels (N,).
+    """The fraction of samples (N,) whose largest logit, of (N, K), is that of their label.
 
-    A sample with a logit that is nan is not right. Of equal logits the first one counts.
+    A sample with a nan among its logits counts as wrong. Of equal logits the first one counts.
     """
     _check_prediction("accuracy", "logits", logits, axes=2)
     _check_labels("accuracy", labels, *logits.shape)
@@ -2934,7 +2929,7 @@ def _spline(length: int, knots: int) -> Array:
     return np.where(near < 1, 2 / 3 - near**2 + near**3 / 2, np.maximum(2 - near, 0) ** 3 / 6)
 
 
-def _sampled(images: Array, rows: Array, columns: Array) -> Array:
+def _sample(images: Array, rows: Array, columns: Array) -> Array:
     """images (N, C, H, W) at the points (N, Ho, Wo), bilinear; zero outside."""
     N, C, H, W = images.shape
     padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)))
@@ -2961,12 +2956,13 @@ def augment(
     stretch: float = 0.1,
     elastic: float = 0.0,
 ) -> Array:
-    """Every image (N, C, H, W) moved, turned, scaled and stretched by chance, bilinearly.
+    """Every image (N, C, H, W) randomly shifted, rotated, scaled and stretched, bilinearly.
 
-    Uniform in their ranges: the shift along each axis in ±`shift` pixels, the angle in ±`rotation`
-    degrees, the size in 1 ± `scale`, height to width in 1 ± `stretch`. `elastic` is the standard
-    deviation in pixels of a smooth displacement (cubic B-splines through a knot every 7 pixels;
-    after Simard et al. 2003). What comes in from outside is zero. All of it is drawn from the key.
+    Drawn from `key`, uniformly: the shift along each axis within ±`shift` pixels, the angle within
+    ±`rotation` degrees, the size within 1 ± `scale`, the aspect ratio within 1 ± `stretch`.
+    `elastic` is the standard deviation in pixels of a smooth displacement (cubic B-splines with a
+    knot every 7 pixels; after Simard et al. 2003). Pixels from outside the image are zero.
+    ValueError for an option outside its range or images that are not (N, C, H, W).
     """
     _check_array("augment", "images", images)
     if images.ndim != 4 or 0 in images.shape[1:]:
@@ -2995,14 +2991,14 @@ def augment(
         # At a pixel the squares of a line's splines add up to 0.48 on average.
         bend = (elastic / 0.48) * (down @ knots @ across.T).astype(np.float32)
         y, x = y + bend[0], x + bend[1]
-    return _sampled(images, y, x)
+    return _sample(images, y, x)
 
 
 # ------------------------------------------------------------------------------------------------
 # Not pure: files and memory
 # ------------------------------------------------------------------------------------------------
 
-# Modules that only one of these needs are imported in it: `import purenn` stays quick.
+# Modules that only one of these functions needs are imported there, so `import purenn` is quick.
 
 
 def _path(where: str, path: Any) -> str:
@@ -3013,11 +3009,11 @@ def _path(where: str, path: Any) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of `path` once it is completely on the disk.
+    """A binary file to write to, which replaces `path` once all of it is on the disk.
 
-    `with replacing("results.csv") as file: file.write(b"...")`. It is written beside `path` as
-    `path`.PID.tmp, flushed, synchronised and renamed: at every moment there is either the old file
-    or the new one, whole. After an error in between it is the old one. OSError as from `open`.
+    `with replacing("results.csv") as file: file.write(b"...")`. It is written as `path`.PID.tmp,
+    flushed, synced and renamed, so that there is always either the whole old file or the whole new
+    one; after an error, the old one. OSError as from `open`.
     """
     path = _path("replacing", path)
     temporary = f"{path}.{os.getpid()}.tmp"
@@ -3051,6 +3047,8 @@ def save(path: Path, tree: Tree) -> None:
     import zipfile
 
     path, flat = _path("save", path), _arrays("save", "tree", tree)
+    if "key" in tree:
+        raise ValueError("save: the tree has a key; save the params without, not training(...)")
     for name in flat:
         if "\0" in name or len(name.encode()) > 65_000:
             raise ValueError(f"save: a name must be short and without NUL, got {name[:50]!r}")
@@ -3062,8 +3060,8 @@ def save(path: Path, tree: Tree) -> None:
 
 
 @contextlib.contextmanager
-def _blaming(path: str) -> Iterator[None]:
-    """Whatever goes wrong while a file is read is said of it in one line, as a ValueError."""
+def _blame_file(path: str) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into a ValueError of one line with its path."""
     try:
         yield
     except (FileNotFoundError, PermissionError):
@@ -3074,14 +3072,14 @@ def _blaming(path: str) -> Iterator[None]:
 
 
 def _open(path: str) -> IO[bytes]:
-    """The file, open for reading. A folder is refused, and what may have no end: pipes, devices."""
+    """The file, open for reading; folders, pipes and devices are refused: some have no end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("it is not a file")
     return open(path, "rb")
 
 
 def _read_array(file: IO[bytes], dtype: np.dtype, shape: Shape, order: Any) -> Array:
-    """The array that is the rest of a file; takes no more memory than that really has."""
+    """The array in the rest of a file, read without allocating more than the file holds."""
     size = math.prod(shape) * dtype.itemsize
     data = bytearray()
     while piece := file.read(min(size + 1 - len(data), 1 << 20)):  # to the end, where checksums are
@@ -3099,9 +3097,9 @@ _NPY_HEADER = re.compile(
 
 
 def _read_npy(member: IO[bytes], size: int) -> Array:
-    """The array in a .npy file of `size` bytes, whose header is not trusted.
+    """The array in an untrusted .npy file of `size` bytes.
 
-    So it is not parsed as Python, as NumPy does: little text can take a lot of stack and memory.
+    NumPy parses the header as Python, and a short text can then take a lot of stack and memory.
     """
     version = np.lib.format.read_magic(member)
     if version not in ((1, 0), (2, 0)):
@@ -3110,7 +3108,7 @@ def _read_npy(member: IO[bytes], size: int) -> Array:
     text = member.read(min(length, 10_000))
     header = _NPY_HEADER.fullmatch(text)
     if not header or len(text) != length:
-        raise ValueError("its header is not that of an array of numbers")
+        raise ValueError("its header does not describe an array of numbers")
     dtype = np.dtype(header[1].decode())
     shape = tuple(map(int, re.findall(rb"\d+", header[3])))
     if math.prod(shape) * dtype.itemsize != size - member.tell():
@@ -3121,7 +3119,7 @@ def _read_npy(member: IO[bytes], size: int) -> Array:
 def read_npz(path: Path, *, ratio: float = 1) -> dict[str, Array]:
     """{name: array} of a .npz file that unpacks to at most `ratio` times its size.
 
-    ValueError (with the path) for a damaged, truncated or untrusted file that is not one; no code
+    ValueError (with the path) for a file that is not one, damaged, truncated or malicious; no code
     in it is ever run. FileNotFoundError where there is none.
     """
     import zipfile
@@ -3129,7 +3127,7 @@ def read_npz(path: Path, *, ratio: float = 1) -> dict[str, Array]:
     path = _path("read_npz", path)
     ratio = _number("read_npz", "ratio", ratio, minimum=1, below=math.inf)
     arrays: dict[str, Array] = {}
-    with _blaming(path), _open(path) as file, zipfile.ZipFile(file) as archive:
+    with _blame_file(path), _open(path) as file, zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if archive.comment.startswith(b"purenn ") and archive.comment != _digest(archive):
             raise ValueError("its list of contents is damaged")
@@ -3140,7 +3138,7 @@ def read_npz(path: Path, *, ratio: float = 1) -> dict[str, Array]:
             if not name or ending != "npy" or name in arrays:
                 raise ValueError(f"unexpected member {info.filename!r}")
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"{info.filename!r} is packed in a way that no array is")
+                raise ValueError(f"{info.filename!r} has an unsupported compression")
             with archive.open(info) as member:
                 arrays[name] = _read_npy(member, info.file_size)
     return arrays
@@ -3149,12 +3147,12 @@ def read_npz(path: Path, *, ratio: float = 1) -> dict[str, Array]:
 def load(path: Path) -> Tree:
     """The tree of arrays that `save` wrote.
 
-    ValueError (with the path) for a damaged, truncated or hostile file; no code in it is ever
+    ValueError (with the path) for a damaged, truncated or malicious file; no code in it is ever
     run. FileNotFoundError where there is none.
     """
     path = _path("load", path)
     arrays = read_npz(path)
-    with _blaming(path):
+    with _blame_file(path):
         return tree_unflatten(arrays)
 
 
