@@ -95,7 +95,10 @@ def write_outputs(progress: Progress, *, folder: str, experiment: Experiment) ->
 
 
 class Run(NamedTuple):
-    """What run.json says; None where a task has no classes or pixels."""
+    """What run.json says; None where a task has no classes or pixels.
+
+    A field that is added later needs a default, for the older files that lack it.
+    """
 
     format: int
     script: str
@@ -161,7 +164,7 @@ def write_run(folder: str, run: Run) -> None:
 
 def check_values(before: dict[str, Any], after: dict[str, Any]) -> None:
     """ValueError if options had other values than now."""
-    for flag in [*after, *(flag for flag in before if flag not in after)]:
+    for flag in [*(flag for flag in before if flag not in after), *after]:
         old, new = before.get(flag), after.get(flag)
         if old != new:
             texts = [json.dumps(value) if value is not None else "default" for value in (old, new)]
@@ -185,6 +188,13 @@ def check_format(found: Any) -> None:
         raise ValueError(f"its format version is {found}, this version of purenn reads {FORMAT}")
 
 
+def check_fields(found: dict[str, Any], expected: type[Run] | type[Progress]) -> None:
+    """ValueError where a field is missing: all but those that were added later, with a default."""
+    for name in expected._fields:
+        if name not in found and name not in expected._field_defaults:
+            raise ValueError(f"it has no {name}")
+
+
 def read_run(folder: str) -> Run:
     """What run.json in a folder says."""
     path = os.path.join(folder, "run.json")
@@ -192,7 +202,8 @@ def read_run(folder: str) -> Run:
         with open_text(path) as file:
             found = json.load(file)
         check_format(found.get("format"))
-        run = Run(**{name: found[name] for name in Run._fields})
+        check_fields(found, Run)
+        run = Run(**{name: found[name] for name in Run._fields if name in found})
         if not isinstance(run.options, dict) or not run.options.keys() >= set(run.chosen):
             raise ValueError("the options that were chosen are not among the options")
     return run
@@ -316,9 +327,7 @@ def entry_kinds(progress: Progress) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def as_progress(tree: nn.Tree, start: Progress) -> Progress:
     """The progress in the tree of a checkpoint; fields that it may lack are as in `start`."""
-    for name in Progress._fields:
-        if name not in tree and name not in Progress._field_defaults:
-            raise ValueError(f"it has no {name}")
+    check_fields(tree, Progress)
     for name in tree:
         if name not in Progress._fields:
             raise ValueError(f"it has {name}, which this version of purenn does not know")
