@@ -20,7 +20,7 @@ from training.command_line import (
     count,
     format_command,
     new_parser,
-    option_fields,
+    options_of,
     parse,
     preset_defaults,
 )
@@ -75,9 +75,9 @@ def accepted(kind):
 def records(draw, record):
     """A record with some of its options chosen, whatever they are."""
     chosen = {}
-    for known in option_fields(record):
-        argument = known.metadata["argument"]
-        if isinstance(known.default, bool):
+    for name, about in options_of(record).items():
+        argument = about.argument
+        if isinstance(about.default, bool):
             values = st.booleans()
         else:
             found = list(argument.get("choices", ())) or accepted(argument.get("type", str))
@@ -86,7 +86,7 @@ def records(draw, record):
                 least = int(argument["nargs"] == "+")
                 values = st.lists(values, min_size=least, max_size=3).map(tuple)
         if draw(st.integers(0, 3)) == 0:
-            chosen[known.name] = draw(values)
+            chosen[name] = draw(values)
     return record(**{**preset_defaults(record(**chosen)), **chosen})
 
 

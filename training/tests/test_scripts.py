@@ -17,7 +17,7 @@ import train_cnn
 import train_mlp
 from training.checkpoints import read_run
 from training.choices import check_options
-from training.command_line import flag_of, new_parser, option_fields, parse
+from training.command_line import flag_of, new_parser, options_of, parse
 from training.tests.conftest import (
     LAST_LINE,
     REPOSITORY,
@@ -81,9 +81,9 @@ def test_a_script_learns_color_images_of_any_size(start, options, layer, blob_fi
 
 def choices_of(record):
     """(flag, choice) of every option that takes one of several names."""
-    for known in option_fields(record):
-        for choice in known.metadata["argument"].get("choices", ()):
-            yield flag_of(known.name), choice
+    for name, about in options_of(record).items():
+        for choice in about.argument.get("choices", ()):
+            yield flag_of(name), choice
 
 
 @pytest.mark.parametrize(
