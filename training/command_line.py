@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import purenn as nn
 
@@ -117,9 +117,17 @@ def add_option(group: Any, name: str, about: About, record: type[Any]) -> None:
     group.add_argument(flag_of(name), default=default, help=text, **argument)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def new_parser(record: type[Any], description: str, epilog: str = "") -> argparse.ArgumentParser:
     """The parser of all options of a record."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog=epilog,
