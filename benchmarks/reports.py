@@ -414,7 +414,7 @@ def main() -> int:
         return 0
     neighbors = common.Neighbors()
     run_all(experiments, options)
-    print(f"\n{common.header()}; {options.jobs} runs at a time, one BLAS thread each.")
+    print(f"\n{common.header()}; {options.jobs} at a time, one BLAS thread each.")
     print(f"{neighbors.report()}\n\n{tables(options)}")
     missing = [experiment.name for experiment in experiments if not result_of(experiment, options)]
     if missing:
