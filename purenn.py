@@ -4,7 +4,7 @@ A layer is a pair of pure functions over params, a dict of arrays:
 
     forward(params, x) -> (y, cache)        backward(params, cache, dy) -> (dx, grads)
 
-A network is a layer made of layers and has exactly the same two functions. An optimiser is a
+A network is a layer made of layers and has exactly the same two functions. An optimizer is a
 state transition, step(params, grads, state) -> (params, state). Nothing the caller can see is
 ever written to, the same arguments give the same bits, and the dtype of x is kept: float32 in,
 float32 out; float64 in, float64 out. What overflows becomes inf, without a warning.
@@ -42,33 +42,18 @@ __version__ = "0.1.0"
 
 # fmt: off
 __all__ = [
-    # trees
     "tree_map", "tree_flatten", "tree_unflatten", "tree_add", "count_parameters", "global_norm",
-    "clip_gradients",
-    # keys
-    "fold_key", "training",
-    # initializers
-    "zeros", "constant", "normal", "uniform", "xavier_normal", "xavier_uniform", "he_normal",
-    "he_uniform", "orthogonal",
-    # layers
-    "Layer", "linear", "identity", "flatten", "relu", "leaky_relu", "elu", "sigmoid", "tanh",
-    "softplus", "gelu", "silu", "softmax", "log_softmax", "dropout", "batch_norm",
-    "update_statistics", "layer_norm", "conv2d", "max_pool2d", "avg_pool2d", "global_avg_pool2d",
-    "sequential", "residual",
-    # losses
+    "clip_gradients", "fold_key", "training", "zeros", "constant", "normal", "uniform",
+    "xavier_normal", "xavier_uniform", "he_normal", "he_uniform", "orthogonal", "Layer", "linear",
+    "identity", "flatten", "relu", "leaky_relu", "elu", "sigmoid", "tanh", "softplus", "gelu",
+    "silu", "softmax", "log_softmax", "dropout", "batch_norm", "update_statistics", "layer_norm",
+    "conv2d", "max_pool2d", "avg_pool2d", "global_avg_pool2d", "sequential", "residual",
     "softmax_cross_entropy", "cross_entropy", "hinge", "binary_cross_entropy", "mean_squared_error",
-    "mean_absolute_error", "huber", "l2_penalty",
-    # optimizers
-    "Optimizer", "sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta",
-    # schedules
-    "step_decay", "multistep", "exponential", "cosine", "cyclic", "one_cycle", "warmup",
-    "reduce_on_plateau",
-    # gradient checking
-    "check_gradients",
-    # training helpers
-    "value_and_grad", "data_parallel", "accuracy", "batches", "augment",
-    # files and memory
-    "replacing", "save", "load", "keep_freed_memory",
+    "mean_absolute_error", "huber", "l2_penalty", "Optimizer", "sgd", "adam", "adamw", "rmsprop",
+    "adagrad", "adadelta", "step_decay", "multistep", "exponential", "cosine", "cyclic",
+    "one_cycle", "warmup", "reduce_on_plateau", "check_gradients", "value_and_grad",
+    "data_parallel", "accuracy", "batches", "augment", "replacing", "save", "load",
+    "keep_freed_memory",
 ]
 # fmt: on
 
@@ -230,8 +215,7 @@ def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
 
     All trees have the same names, else ValueError. Everything that is not a dict is a leaf.
     """
-    if not callable(f):
-        raise TypeError(f"tree_map: f must be a function, got {_kind(f)}")
+    _check_function("tree_map", "f", f)
     if not trees:
         raise TypeError("tree_map: expected at least one tree")
     if not any(isinstance(tree, dict) for tree in trees):
@@ -246,8 +230,7 @@ def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
 
 def _flatten(where: str, what: str, tree: Any) -> dict[str, Any]:
     """`tree_flatten`, with errors that say what the tree is."""
-    if not isinstance(tree, dict):
-        raise TypeError(f"{where}: {what} must be a dict, got {_kind(tree)}")
+    _check_dict(where, what, tree)
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if not isinstance(name, str):
@@ -282,14 +265,13 @@ def tree_unflatten(flat: dict[str, Any]) -> Tree:
 
     ValueError where one name is both a leaf and a branch, or nested deeper than 100.
     """
-    if not isinstance(flat, dict):
-        raise TypeError(f"tree_unflatten: flat must be a dict, got {_kind(flat)}")
+    _check_dict("tree_unflatten", "flat", flat)
     tree: Tree = {}
     for path, leaf in flat.items():
         if not isinstance(path, str):
             raise TypeError(f"tree_unflatten: names must be strings, got {path!r}")
         *branches, name = path.split("/")
-        if len(branches) > 100:  # what follows a tree from outside shall not run out of stack
+        if len(branches) > 100:  # so that no recursion over an untrusted tree overflows the stack
             raise ValueError(f"tree_unflatten: {path[:50]!r}... is nested deeper than 100")
         node = tree
         for branch in branches:
@@ -423,8 +405,7 @@ def training(params: Tree, key: Key) -> Tree:
     `sequential` and `residual` hand each child a key of its own; `dropout` draws its mask from
     it, and `batch_norm` takes the statistics of the batch. Params without a key mean inference.
     """
-    if not isinstance(params, dict):
-        raise TypeError(f"training: params must be a dict, got {_kind(params)}")
+    _check_dict("training", "params", params)
     return {**params, "key": _key_array(key)}
 
 
@@ -433,7 +414,7 @@ def _generator(key: Key) -> np.random.Generator:
 
 
 # ------------------------------------------------------------------------------------------------
-# Initialisers: (key, shape) -> array of float32
+# Initializers: (key, shape) -> array of float32
 # ------------------------------------------------------------------------------------------------
 
 Initializer = Callable[[Any, Shape], Array]
@@ -441,7 +422,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 def zeros(key: Key, shape: Shape) -> Array:
-    """0 everywhere."""
+    """All entries 0."""
     return np.zeros(_check_shape("zeros", shape), np.float32)
 
 
@@ -450,7 +431,7 @@ def _constant(key: Key, shape: Shape, *, value: float) -> Array:
 
 
 def constant(value: float) -> Initializer:
-    """`value` everywhere."""
+    """All entries `value`."""
     value = _number("constant", "value", value, minimum=-_LARGEST, maximum=_LARGEST)
     return partial(_constant, value=value)
 
@@ -632,7 +613,6 @@ class _Form:
         self.hint = hint  # for an x that lacks one axis
         self.entries = {name.rstrip("_"): axes.split() for name, axes in entries.items()}
         self.optional = {name.rstrip("_") for name in entries if name.endswith("_")}
-        self.known = frozenset(self.entries) | {"key"}
 
     def shape(self, layer: str, shape: Any) -> Shape:
         """The shape of one sample, checked: where `init` begins."""
@@ -642,33 +622,42 @@ class _Form:
             raise ValueError(f"{layer}: shape must be {_axes(*samples)}, got {shape}")
         return shape
 
-    def params(self, layer: str, params: Tree, x: Array, what: str = "x") -> tuple[Tree, Shape]:
-        """The params in the dtype of x, and the shape of y, once they and x are checked."""
-        if type(x) is not np.ndarray or x.dtype.char not in "fd":
-            _check_array(layer, what, x)
-        if not isinstance(params, dict) or not params.keys() <= self.known:
-            _check_names(layer, params, self.entries)
-        shapes: list[Shape | None] = []
-        for name in self.entries:
-            array = params.get(name)
-            if type(array) is not np.ndarray or array.dtype is not x.dtype:
-                if name in self.optional and name not in params:
-                    shapes.append(None)
-                    continue
-                array = _entry(layer, params, name, x.dtype)
-                params = {**params, name: array}
-            shapes.append(array.shape)
-        return params, _check_axes(self, layer, what, x.shape, tuple(shapes))
+    def checker(self, layer: str, what: str) -> Callable[[Any, Any], tuple[Tree, Shape]]:
+        """The function (params, x) -> (params in the dtype of x, shape of y), once they fit."""
+        # The shapes of one step come again in the next.
+        check_axes = lru_cache(maxsize=256)(partial(_check_axes, self, layer, what))
+        names = tuple(self.entries)
+
+        def check(params: Any, x: Any) -> tuple[Tree, Shape]:
+            if type(x) is not np.ndarray or x.dtype.char not in "fd":
+                _check_array(layer, what, x)
+            _check_dict(layer, "params", params)
+            dtype, shapes, unknown = x.dtype, [x.shape], len(params) - ("key" in params)
+            for name in names:
+                array = params.get(name)
+                if type(array) is not np.ndarray or array.dtype is not dtype:
+                    if name in self.optional and name not in params:
+                        shapes.append(None)
+                        continue
+                    array = _entry(layer, params, name, dtype)
+                    params = {**params, name: array}
+                shapes.append(array.shape)
+                unknown -= 1
+            if unknown:
+                _check_names(layer, params, self.entries)
+            return params, check_axes(*shapes)
+
+        return check
 
     def forward(self, function: _Function) -> _Function:
         """A decorator: function(params, x), checked and without NumPy's warnings."""
-        layer = function.__name__.removesuffix("_forward")
+        check = self.checker(function.__name__.removesuffix("_forward"), "x")
 
         @wraps(function)
         def forward(params: Tree, x: Array, **options: Any) -> Any:
             if not _QUIET.get():
                 return _call_quietly(forward, params, x, **options)
-            params, _ = self.params(layer, params, x)
+            params, _ = check(params, x)
             return function(params, x, **options)
 
         return cast(_Function, forward)
@@ -682,6 +671,7 @@ class _Form:
 
         def decorate(function: _Function) -> _Function:
             layer = function.__name__.removesuffix("_backward")
+            check = self.checker(layer, entries[0] if entries else "cache")
 
             @wraps(function)
             def backward(params: Tree, cache: Any, dy: Array, **options: Any) -> Any:
@@ -689,8 +679,8 @@ class _Form:
                     return _call_quietly(backward, params, cache, dy, **options)
                 if entries:
                     cache = _own_cache(layer, cache, entries)
-                x, what = (cache[entries[0]], entries[0]) if entries else (cache, "cache")
-                params, shape = self.params(layer, params, x, what)
+                x = cache[entries[0]] if entries else cache
+                params, shape = check(params, x)
                 if self.y != []:
                     dy = _gradient(layer, dy, shape, x.dtype)
                 return function(params, cache, dy, **options)
@@ -726,10 +716,7 @@ def _own_cache(where: str, cache: Any, entries: Sequence[str]) -> Tree:
     return {**cache, **{name: _entry(where, cache, name, dtype) for name in entries}}
 
 
-@lru_cache(maxsize=1024)  # the shapes of one step come again in the next
-def _check_axes(
-    form: _Form, layer: str, what: str, x: Shape, entries: tuple[Shape | None, ...]
-) -> Shape:
+def _check_axes(form: _Form, layer: str, what: str, x: Shape, *entries: Shape | None) -> Shape:
     """The shape of y; ValueError where shapes do not fit the form or each other."""
     bound = [(axes, sizes) for axes in form.x if (sizes := _bind(axes, x)) is not None]
     if not bound:
@@ -1869,9 +1856,9 @@ def _within(name: str, function: Callable[..., Any], *arguments: Any) -> tuple[A
 
 def _children(where: str, params: Tree, layers: dict[str, LayerLike]) -> Tree:
     """{name: params} of the children; while training, with a key each, folded from the parent's."""
-    _check_names(where, params, layers)
-    if "key" not in params:
+    if isinstance(params, dict) and params.keys() <= layers.keys():
         return params
+    _check_names(where, params, layers)
     parent = _key_array(params["key"])
     keys = np.empty((len(layers), len(parent) + 1), np.uint32)
     keys[:, :-1] = parent
@@ -2207,44 +2194,63 @@ def l2_penalty(params: Tree, coefficient: float) -> tuple[float, Tree]:
 
 
 # ------------------------------------------------------------------------------------------------
-# Optimisers: step(params, grads, state) -> (params, state)
+# Optimizers: step(params, grads, state) -> (params, state)
 # ------------------------------------------------------------------------------------------------
 
 Rate = float | Callable[[int], float]
 
 
 class Optimizer(NamedTuple):
-    """An optimiser: two pure functions.
+    """An optimizer: two pure functions.
 
-    The state holds "step" (how many steps were taken), "scale" (times which every rate is
-    multiplied, see `reduce_on_plateau`) and, for each quantity the rule remembers, a tree like
-    params. `step` moves exactly the entries that grads hold; the others stay as they are.
+    `init(params) -> state`: it holds "step" (how many steps were taken), "scale" (every rate is
+    multiplied by it, see `reduce_on_plateau`) and a tree like params for each quantity that the
+    rule remembers. `step(params, grads, state) -> (params, state)` moves exactly the entries that
+    grads hold; the others stay as they are. ValueError for grads or a state that do not fit params.
     """
 
-    init: Callable[[Tree], Tree]  # params -> state
-    step: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]  # params, grads, state -> params, state
+    init: Callable[[Tree], Tree]
+    step: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 
 
-_COMMON = frozenset({"step", "scale", "plateau_best", "plateau_count"})
+_PLATEAU = frozenset({"plateau_best", "plateau_count"})  # what reduce_on_plateau adds to a state
+_BELOW_1 = {"minimum": 0.0, "below": 1.0}
+_NOT_NEGATIVE = {"minimum": 0.0, "below": math.inf}
+_OPTIONS = {"lr": _NOT_NEGATIVE, "momentum": _BELOW_1, "weight_decay": _NOT_NEGATIVE}
+_OPTIONS |= {"beta1": _BELOW_1, "beta2": _BELOW_1, "decay": _BELOW_1}
+_OPTIONS |= {"eps": {"above": 0.0, "below": math.inf}}
 
 
-def _zero_count(array: Array) -> Array:
-    return np.zeros((), np.int64)
+class _Rule(NamedTuple):
+    """An update rule: update(p, g, memory, **options) -> (p, memory), for every entry."""
+
+    name: str
+    update: Callable[..., tuple[Array, Tree]]
+    remembers: Sequence[str]  # quantities, each a tree like params in the state
+    options: Tree  # lr and momentum may be schedules
+    decoupled: bool = False  # weight decay shrinks the entry instead of adding to its gradient
 
 
-def _init_state(params: Tree, *, where: str, remembers: dict[str, Callable[..., Any]]) -> Tree:
-    _arrays(where, "params", params)
-    trees = {name: tree_map(zero, params) for name, zero in remembers.items()}
+def _check_options(where: str, **options: Any) -> Tree:
+    """The options of an optimizer, checked; lr and momentum may be schedules."""
+    for name, option in options.items():
+        if not (name in ("lr", "momentum") and callable(option)):
+            options[name] = _number(where, name, option, **_OPTIONS[name])
+    return options
+
+
+def _optimizer(rule: _Rule) -> Optimizer:
+    return Optimizer(partial(_init_state, rule=rule), partial(_take_step, rule=rule))
+
+
+def _zeros_to_remember(name: str, array: Array) -> Array:
+    return np.zeros((), np.int64) if name == "count" else np.zeros_like(array)
+
+
+def _init_state(params: Tree, *, rule: _Rule) -> Tree:
+    _arrays(rule.name, "params", params)
+    trees = {name: tree_map(partial(_zeros_to_remember, name), params) for name in rule.remembers}
     return {"step": np.zeros((), np.int64), "scale": np.ones(()), **trees}
-
-
-def _check_rate(where: str, name: str, rate: Any, when: str = "") -> float:
-    limit = 1.0 if name == "momentum" else math.inf
-    return _number(where, name + when, rate, minimum=0, below=limit)
-
-
-def _rate_or_schedule(where: str, name: str, rate: Any) -> Rate:
-    return rate if callable(rate) else _check_rate(where, name, rate)
 
 
 def _item(value: Any) -> Any:
@@ -2253,122 +2259,89 @@ def _item(value: Any) -> Any:
 
 
 @_quiet
-def _take_step(
-    params: Tree,
-    grads: Tree,
-    state: Tree,
-    *,
-    where: str,
-    remembers: dict[str, Callable[..., Any]],
-    rates: dict[str, Rate],
-    update: Callable[..., tuple[Array, Tree]],
-) -> tuple[Tree, Tree]:
-    """One step of any optimiser: `update` for every entry of grads, at the rates of this step."""
+def _take_step(params: Tree, grads: Tree, state: Tree, *, rule: _Rule) -> tuple[Tree, Tree]:
+    """One step of any optimizer: the update of every entry of grads, at the rates of this step."""
+    where, options = rule.name, dict(rule.options)
     for name, tree in (("params", params), ("grads", grads), ("state", state)):
-        if not isinstance(tree, dict):
-            raise TypeError(f"{where}: {name} must be a dict, got {_kind(tree)}")
-    if not {"step", "scale", *remembers} <= state.keys() <= _COMMON | remembers.keys():
-        raise ValueError(f"{where}: the state is not this optimiser's, it has {_names(state)}")
-    memory = {quantity: state[quantity] for quantity in remembers}
+        _check_dict(where, name, tree)
+    if "key" in params:
+        raise ValueError(f"{where}: params have a key; give step those without, not training(...)")
+    own = {"step", "scale", *rule.remembers}
+    if not own <= state.keys() <= own | _PLATEAU:
+        raise ValueError(f"{where}: the state is not this optimizer's, it has {_names(state)}")
     step = _whole(where, "step in the state", _item(state["step"]), 0)
+    for name, rate in rule.options.items():
+        if callable(rate):
+            options[name] = _number(where, f"{name} at step {step}", rate(step), **_OPTIONS[name])
     scale = _number(where, "scale in the state", _item(state["scale"]), minimum=0, maximum=1)
-    now = {
-        name: _check_rate(where, name, rate(step), f" at step {step}") if callable(rate) else rate
-        for name, rate in rates.items()
-    }
-    now["lr"] *= scale
-    params, memory = _update_tree(where, "", params, grads, memory, partial(update, **now))
+    options["lr"] *= scale
+    memory = {quantity: state[quantity] for quantity in rule.remembers}
+    params, memory = _update_tree(rule, "", params, grads, memory, options)
     return params, {**state, **memory, "step": np.array(step + 1)}
 
 
 def _update_tree(
-    where: str, path: str, params: Tree, grads: Tree, memory: Tree, update: Callable[..., Any]
+    rule: _Rule, path: str, params: Tree, grads: Tree, memory: Tree, options: Tree
 ) -> tuple[Tree, Tree]:
     for quantity, tree in memory.items():
         if not isinstance(tree, dict):
-            raise ValueError(f"{where}: the state has no {quantity} of {path or 'params'}")
+            raise ValueError(f"{rule.name}: the state has no {quantity} of {path or 'params'}")
     params = dict(params)
     memory = {quantity: dict(tree) for quantity, tree in memory.items()}
     for name, g in grads.items():
         here = f"{path}/{name}" if path else name
         if name not in params:
-            raise ValueError(f"{where}: grads have an entry {here!r} that params lack")
+            raise ValueError(f"{rule.name}: grads have an entry {here!r} that params lack")
         p = params[name]
         own = {quantity: tree.get(name) for quantity, tree in memory.items()}
-        if isinstance(g, dict) and isinstance(p, dict):
-            params[name], own = _update_tree(where, here, p, g, own, update)
-        else:
-            params[name], own = _update_entry(where, here, p, g, own, update)
+        both = isinstance(g, dict) and isinstance(p, dict)
+        update = _update_tree if both else _update_entry
+        params[name], own = update(rule, here, p, g, own, options)
         for quantity, value in own.items():
             memory[quantity][name] = value
     return params, memory
 
 
 def _update_entry(
-    where: str, path: str, p: Any, g: Any, memory: Tree, update: Callable[..., Any]
+    rule: _Rule, path: str, p: Any, g: Any, memory: Tree, options: Tree
 ) -> tuple[Array, Tree]:
-    """`update` for one array, checked, and in the dtype of params."""
+    """The update of one array, checked, and in the dtype of params."""
+    where = f"{rule.name}: {path}"
     if not (type(p) is type(g) is np.ndarray and p.dtype == g.dtype and p.dtype.char in "fd"):
-        _check_array(f"{where}: {path}", "params", p)
-        _check_array(f"{where}: {path}", "grads", g)
+        _check_array(where, "params", p)
+        _check_array(where, "grads", g)
         g = g.astype(p.dtype)
     if g.shape != p.shape:
-        raise ValueError(f"{where}: {path}: grads have shape {g.shape}, but params {p.shape}")
+        raise ValueError(f"{where}: grads have shape {g.shape}, but params {p.shape}")
     for quantity, value in memory.items():
-        counts = quantity == "count"
-        shape, kind = ((), "i") if counts else (p.shape, "f")
+        shape, kind = ((), "i") if quantity == "count" else (p.shape, "f")
         if not _is_array(value) or value.shape != shape or value.dtype.kind != kind:
-            raise ValueError(f"{where}: the state has no {quantity} of {path} and of its shape")
-        if counts:
-            _whole(f"{where}: {path}", "count in the state", value.item(), 0)
+            raise ValueError(f"{rule.name}: the state has no {quantity} of {path} and of its shape")
+        if quantity == "count":
+            _whole(where, "count in the state", value.item(), 0)
         elif value.dtype != p.dtype:
             memory = {**memory, quantity: value.astype(p.dtype)}
-    if p.ndim:
-        return update(p, g, **memory)
-    new, memory = update(p[None], g[None], **{name: m[None] for name, m in memory.items()})
-    return new[0, ...], {name: m[0, ...] for name, m in memory.items()}
-
-
-def _optimizer(
-    where: str,
-    rates: dict[str, Rate],
-    update: Callable[..., Any],
-    remembers: dict[str, Any],
-    **options: Any,
-) -> Optimizer:
-    """An optimiser with `rates` that may be schedules and `options` that stay as they are."""
-    rates = {name: _rate_or_schedule(where, name, rate) for name, rate in rates.items()}
-    update = partial(update, **options)
-    return Optimizer(
-        partial(_init_state, where=where, remembers=remembers),
-        partial(_take_step, where=where, remembers=remembers, rates=rates, update=update),
-    )
-
-
-def _decay(where: str, weight_decay: float) -> float:
-    return _number(where, "weight_decay", weight_decay, minimum=0, below=math.inf)
-
-
-def _velocity(momentum: Rate) -> dict[str, Callable[..., Any]]:
-    """What an optimiser remembers for its momentum: nothing where that is 0 for good."""
-    return {"velocity": np.zeros_like} if callable(momentum) or momentum else {}
+    single = p.ndim == 0  # NumPy would turn arrays without axes into numbers
+    if single:
+        p, g, memory = p[None], g[None], {name: m[None] for name, m in memory.items()}
+    options = dict(options)
+    decay = options.pop("weight_decay")
+    if decay and rule.decoupled:
+        p = p * (1 - options["lr"] * decay)
+    elif decay:
+        g = g + decay * p
+    p, memory = rule.update(p, g, memory, **options)
+    if single:
+        p, memory = p[0, ...], {name: m[0, ...] for name, m in memory.items()}
+    return p, memory
 
 
 def _sgd_update(
-    p: Array,
-    g: Array,
-    *,
-    lr: float,
-    velocity: Array | None = None,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float,
+    p: Array, g: Array, memory: Tree, *, lr: float, momentum: float, nesterov: bool
 ) -> tuple[Array, Tree]:
-    if weight_decay:
-        g = g + weight_decay * p
-    if velocity is None:
+    if not memory:
         return p - lr * g, {}
-    velocity = velocity * momentum
+    velocity = memory["velocity"] * momentum
     velocity += g
     change = g + momentum * velocity if nesterov else velocity
     change = change * -lr
@@ -2385,45 +2358,26 @@ def sgd(
     SGD; momentum may be a schedule, as lr. ValueError for nesterov without momentum, a momentum
     outside [0, 1) or a negative rate or decay.
     """
-    momentum = _rate_or_schedule("sgd", "momentum", momentum)
     _check_bool("sgd", "nesterov", nesterov)
-    if nesterov and not momentum:
+    options = _check_options("sgd", lr=lr, momentum=momentum, weight_decay=weight_decay)
+    if nesterov and not options["momentum"]:
         raise ValueError("sgd: nesterov needs a momentum above 0")
-    return _optimizer(
-        "sgd",
-        {"lr": lr, "momentum": momentum},
-        _sgd_update,
-        _velocity(momentum),
-        nesterov=nesterov,
-        weight_decay=_decay("sgd", weight_decay),
-    )
+    update = partial(_sgd_update, nesterov=nesterov)
+    return _optimizer(_Rule("sgd", update, ["velocity"] if options["momentum"] else [], options))
 
 
 def _adam_update(
-    p: Array,
-    g: Array,
-    *,
-    lr: float,
-    m: Array,
-    v: Array,
-    count: Array,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
+    p: Array, g: Array, memory: Tree, *, lr: float, beta1: float, beta2: float, eps: float
 ) -> tuple[Array, Tree]:
-    if weight_decay:
-        p, g = (p * (1 - lr * weight_decay), g) if decoupled else (p, g + weight_decay * p)
-    count = count + 1
+    count = memory["count"] + 1
     t = int(count.item())
     # In-place work on arrays made here halves the time: each pass over fresh memory is dear.
     scratch = g * (1 - beta1)
-    m = m * beta1
+    m = memory["m"] * beta1
     m += scratch
     np.square(g, out=scratch)
     scratch *= 1 - beta2
-    v = v * beta2
+    v = memory["v"] * beta2
     v += scratch
     np.sqrt(v, out=scratch)
     unbias = math.sqrt(1 - beta2**t)
@@ -2432,18 +2386,6 @@ def _adam_update(
     scratch *= -lr * unbias / (1 - beta1**t)
     scratch += p
     return scratch, {"m": m, "v": v, "count": np.asarray(count)}
-
-
-_ADAM_MEMORY = {"m": np.zeros_like, "v": np.zeros_like, "count": _zero_count}
-
-
-def _adam_options(where: str, beta1: float, beta2: float, eps: float, decay: float) -> Tree:
-    return {
-        "beta1": _number(where, "beta1", beta1, minimum=0, below=1),
-        "beta2": _number(where, "beta2", beta2, minimum=0, below=1),
-        "eps": _number(where, "eps", eps, above=0, below=math.inf),
-        "weight_decay": _decay(where, decay),
-    }
 
 
 def adam(
@@ -2459,8 +2401,10 @@ def adam(
     weight_decay · p. As PyTorch's Adam (Kingma and Ba 2015). ValueError for a beta outside
     [0, 1), an eps that is not positive, a negative rate or decay.
     """
-    options = _adam_options("adam", beta1, beta2, eps, weight_decay)
-    return _optimizer("adam", {"lr": lr}, _adam_update, _ADAM_MEMORY, **options, decoupled=False)
+    options = _check_options(
+        "adam", lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay
+    )
+    return _optimizer(_Rule("adam", _adam_update, ["m", "v", "count"], options))
 
 
 def adamw(
@@ -2474,29 +2418,20 @@ def adamw(
 
     As PyTorch's AdamW (Loshchilov and Hutter 2019). Errors as `adam`.
     """
-    options = _adam_options("adamw", beta1, beta2, eps, weight_decay)
-    return _optimizer("adamw", {"lr": lr}, _adam_update, _ADAM_MEMORY, **options, decoupled=True)
+    options = _check_options(
+        "adamw", lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay
+    )
+    return _optimizer(_Rule("adamw", _adam_update, ["m", "v", "count"], options, decoupled=True))
 
 
 def _rmsprop_update(
-    p: Array,
-    g: Array,
-    *,
-    lr: float,
-    square_average: Array,
-    velocity: Array | None = None,
-    decay: float,
-    eps: float,
-    momentum: float,
-    weight_decay: float,
+    p: Array, g: Array, memory: Tree, *, lr: float, decay: float, eps: float, momentum: float
 ) -> tuple[Array, Tree]:
-    if weight_decay:
-        g = g + weight_decay * p
-    square_average = decay * square_average + (1 - decay) * (g * g)
+    square_average = decay * memory["square_average"] + (1 - decay) * (g * g)
     change = g / (np.sqrt(square_average) + eps)
-    if velocity is None:
+    if "velocity" not in memory:
         return p - lr * change, {"square_average": square_average}
-    velocity = momentum * velocity + change
+    velocity = momentum * memory["velocity"] + change
     return p - lr * velocity, {"square_average": square_average, "velocity": velocity}
 
 
@@ -2513,24 +2448,17 @@ def rmsprop(
     Hinton 2012). ValueError for a decay or momentum outside [0, 1), an eps that is not positive,
     a negative rate.
     """
-    momentum = _rate_or_schedule("rmsprop", "momentum", momentum)
-    return _optimizer(
-        "rmsprop",
-        {"lr": lr, "momentum": momentum},
-        _rmsprop_update,
-        {"square_average": np.zeros_like, **_velocity(momentum)},
-        decay=_number("rmsprop", "decay", decay, minimum=0, below=1),
-        eps=_number("rmsprop", "eps", eps, above=0, below=math.inf),
-        weight_decay=_decay("rmsprop", weight_decay),
+    options = _check_options(
+        "rmsprop", lr=lr, decay=decay, eps=eps, momentum=momentum, weight_decay=weight_decay
     )
+    remembers = ["square_average", *(["velocity"] if options["momentum"] else [])]
+    return _optimizer(_Rule("rmsprop", _rmsprop_update, remembers, options))
 
 
 def _adagrad_update(
-    p: Array, g: Array, *, lr: float, square_sum: Array, eps: float, weight_decay: float
+    p: Array, g: Array, memory: Tree, *, lr: float, eps: float
 ) -> tuple[Array, Tree]:
-    if weight_decay:
-        g = g + weight_decay * p
-    square_sum = square_sum + g * g
+    square_sum = memory["square_sum"] + g * g
     return p - lr * (g / (np.sqrt(square_sum) + eps)), {"square_sum": square_sum}
 
 
@@ -2540,32 +2468,16 @@ def adagrad(lr: Rate = 0.01, eps: float = 1e-10, weight_decay: float = 0.0) -> O
     As PyTorch's Adagrad (Duchi et al. 2011). ValueError for an eps that is not positive, a
     negative rate or decay.
     """
-    return _optimizer(
-        "adagrad",
-        {"lr": lr},
-        _adagrad_update,
-        {"square_sum": np.zeros_like},
-        eps=_number("adagrad", "eps", eps, above=0, below=math.inf),
-        weight_decay=_decay("adagrad", weight_decay),
-    )
+    options = _check_options("adagrad", lr=lr, eps=eps, weight_decay=weight_decay)
+    return _optimizer(_Rule("adagrad", _adagrad_update, ["square_sum"], options))
 
 
 def _adadelta_update(
-    p: Array,
-    g: Array,
-    *,
-    lr: float,
-    square_average: Array,
-    change_average: Array,
-    decay: float,
-    eps: float,
-    weight_decay: float,
+    p: Array, g: Array, memory: Tree, *, lr: float, decay: float, eps: float
 ) -> tuple[Array, Tree]:
-    if weight_decay:
-        g = g + weight_decay * p
-    square_average = decay * square_average + (1 - decay) * (g * g)
-    change = np.sqrt(change_average + eps) / np.sqrt(square_average + eps) * g
-    change_average = decay * change_average + (1 - decay) * (change * change)
+    square_average = decay * memory["square_average"] + (1 - decay) * (g * g)
+    change = np.sqrt(memory["change_average"] + eps) / np.sqrt(square_average + eps) * g
+    change_average = decay * memory["change_average"] + (1 - decay) * (change * change)
     memory = {"square_average": square_average, "change_average": change_average}
     return p - lr * change, memory
 
@@ -2578,45 +2490,47 @@ def adadelta(
     u <- decay · u + (1 - decay) d²; g includes weight_decay · p. As PyTorch's Adadelta (Zeiler
     2012). ValueError for a decay outside [0, 1), an eps that is not positive, a negative rate.
     """
-    return _optimizer(
-        "adadelta",
-        {"lr": lr},
-        _adadelta_update,
-        {"square_average": np.zeros_like, "change_average": np.zeros_like},
-        decay=_number("adadelta", "decay", decay, minimum=0, below=1),
-        eps=_number("adadelta", "eps", eps, above=0, below=math.inf),
-        weight_decay=_decay("adadelta", weight_decay),
-    )
+    options = _check_options("adadelta", lr=lr, decay=decay, eps=eps, weight_decay=weight_decay)
+    remembers = ["square_average", "change_average"]
+    return _optimizer(_Rule("adadelta", _adadelta_update, remembers, options))
 
 
 # ------------------------------------------------------------------------------------------------
 # Schedules: step -> learning rate, the first step is 0
 # ------------------------------------------------------------------------------------------------
 
-Schedule = Callable[[int], float]
+Schedule = Callable[[int | np.integer[Any] | Array], float]
 
 
-def _rate(where: str, name: str, lr: Any) -> float:
-    return _number(where, name, lr, minimum=0, below=math.inf)
+def _schedule(rule: Callable[..., float], **options: Any) -> Schedule:
+    """step -> rule(step, **options), with these options and then the step checked."""
+    where = rule.__name__.lstrip("_")
+    for name, option in options.items():
+        if name in ("factor", "decay", "rise"):
+            options[name] = _number(where, name, option, minimum=0, maximum=1)
+        elif name in ("every", "steps", "half_cycle"):
+            options[name] = _whole(where, name, option, 1)
+        elif isinstance(option, tuple):
+            options[name] = tuple(_whole(where, "every milestone", step, 0) for step in option)
+        elif not (name == "schedule" and callable(option)):
+            options[name] = _number(where, name, option, **_NOT_NEGATIVE)
+    return partial(_at_step, where=where, rule=partial(rule, **options))
 
 
-def _factor(where: str, name: str, factor: Any) -> float:
-    return _number(where, name, factor, minimum=0, maximum=1)
+def _at_step(step: Any, *, where: str, rule: Callable[..., float]) -> float:
+    return rule(_whole(where, "step", _item(step), 0))
 
 
 def _step_decay(step: int, *, lr: float, every: int, factor: float) -> float:
-    return lr * factor ** (_whole("step_decay", "step", step, 0) // every)
+    return lr * factor ** (step // every)
 
 
 def step_decay(lr: float, every: int, factor: float = 0.1) -> Schedule:
     """lr · factor^⌊step / every⌋."""
-    every = _whole("step_decay", "every", every, 1)
-    lr, factor = _rate("step_decay", "lr", lr), _factor("step_decay", "factor", factor)
-    return partial(_step_decay, lr=lr, every=every, factor=factor)
+    return _schedule(_step_decay, lr=lr, every=every, factor=factor)
 
 
 def _multistep(step: int, *, lr: float, milestones: tuple[int, ...], factor: float) -> float:
-    step = _whole("multistep", "step", step, 0)
     return lr * factor ** sum(step >= milestone for milestone in milestones)
 
 
@@ -2626,19 +2540,16 @@ def multistep(lr: float, milestones: Sequence[int] | Array, factor: float = 0.1)
         milestones = milestones.tolist()
     if isinstance(milestones, str) or not isinstance(milestones, Sequence):
         raise TypeError(f"multistep: milestones must be a sequence, got {_kind(milestones)}")
-    steps = tuple(_whole("multistep", "every milestone", step, 0) for step in milestones)
-    lr, factor = _rate("multistep", "lr", lr), _factor("multistep", "factor", factor)
-    return partial(_multistep, lr=lr, milestones=steps, factor=factor)
+    return _schedule(_multistep, lr=lr, milestones=tuple(milestones), factor=factor)
 
 
 def _exponential(step: int, *, lr: float, decay: float) -> float:
-    return lr * decay ** _whole("exponential", "step", step, 0)
+    return lr * decay**step
 
 
 def exponential(lr: float, decay: float) -> Schedule:
     """lr · decay^step."""
-    decay = _factor("exponential", "decay", decay)
-    return partial(_exponential, lr=_rate("exponential", "lr", lr), decay=decay)
+    return _schedule(_exponential, lr=lr, decay=decay)
 
 
 def _between(start: float, end: float, progress: float) -> float:
@@ -2647,7 +2558,6 @@ def _between(start: float, end: float, progress: float) -> float:
 
 
 def _cosine(step: int, *, lr: float, steps: int, final: float) -> float:
-    step = _whole("cosine", "step", step, 0)
     return _between(lr, final, step / steps) if step < steps else final
 
 
@@ -2656,24 +2566,20 @@ def cosine(lr: float, steps: int, final: float = 0.0) -> Schedule:
 
     Loshchilov and Hutter 2017, without restarts.
     """
-    lr, final = _rate("cosine", "lr", lr), _rate("cosine", "final", final)
-    return partial(_cosine, lr=lr, steps=_whole("cosine", "steps", steps, 1), final=final)
+    return _schedule(_cosine, lr=lr, steps=steps, final=final)
 
 
 def _cyclic(step: int, *, low: float, high: float, half_cycle: int) -> float:
-    position = _whole("cyclic", "step", step, 0) % (2 * half_cycle)
+    position = step % (2 * half_cycle)
     return low + (high - low) * min(position, 2 * half_cycle - position) / half_cycle
 
 
 def cyclic(low: float, high: float, half_cycle: int) -> Schedule:
     """A triangle: `low` at 0, `high` after `half_cycle` steps, then back to `low` (Smith 2017)."""
-    low, high = _rate("cyclic", "low", low), _rate("cyclic", "high", high)
-    half_cycle = _whole("cyclic", "half_cycle", half_cycle, 1)
-    return partial(_cyclic, low=low, high=high, half_cycle=half_cycle)
+    return _schedule(_cyclic, low=low, high=high, half_cycle=half_cycle)
 
 
 def _one_cycle(step: int, *, peak: float, steps: int, rise: float) -> float:
-    step = _whole("one_cycle", "step", step, 0)
     top = max(rise * steps - 1, 0)
     if step < top:
         return _between(peak / 25, peak, step / top)
@@ -2687,28 +2593,24 @@ def one_cycle(peak: float, steps: int, rise: float = 0.3) -> Schedule:
 
     Smith and Topin 2018, with the numbers of PyTorch's OneCycleLR; after the last step it stays.
     """
-    peak, rise = _rate("one_cycle", "peak", peak), _factor("one_cycle", "rise", rise)
-    return partial(_one_cycle, peak=peak, steps=_whole("one_cycle", "steps", steps, 1), rise=rise)
+    return _schedule(_one_cycle, peak=peak, steps=steps, rise=rise)
 
 
 def _warmup(step: int, *, schedule: Rate, steps: int) -> float:
-    step = _whole("warmup", "step", step, 0)
     if callable(schedule):
-        schedule = _rate("warmup", f"schedule({step})", schedule(step))
+        schedule = _number("warmup", f"schedule({step})", schedule(step), **_NOT_NEGATIVE)
     return schedule * (step + 1) / steps if step < steps else schedule
 
 
 def warmup(schedule: Rate, steps: int) -> Schedule:
     """schedule(step) · min(1, (step + 1) / steps); `schedule` may be a number."""
-    if not callable(schedule):
-        schedule = _rate("warmup", "schedule", schedule)
-    return partial(_warmup, schedule=schedule, steps=_whole("warmup", "steps", steps, 1))
+    return _schedule(_warmup, schedule=schedule, steps=steps)
 
 
 def reduce_on_plateau(
     state: Tree, loss: float, factor: float = 0.5, patience: int = 10, threshold: float = 1e-3
 ) -> Tree:
-    """An optimiser's state whose "scale" was multiplied by `factor` if the loss has settled.
+    """An optimizer's state whose "scale" was multiplied by `factor` if the loss has settled.
 
     That is after more than `patience` calls in a row in which the loss was not below
     best · (1 - threshold), as PyTorch's ReduceLROnPlateau counts them. The best loss and the
@@ -2716,8 +2618,8 @@ def reduce_on_plateau(
     """
     where = "reduce_on_plateau"
     if not isinstance(state, dict) or "scale" not in state:
-        raise ValueError(f"{where}: expected an optimiser's state, got {_names(state)}")
-    factor = _factor(where, "factor", factor)
+        raise ValueError(f"{where}: expected an optimizer's state, got {_names(state)}")
+    factor = _number(where, "factor", factor, minimum=0, maximum=1)
     patience = _whole(where, "patience", patience, 0)
     threshold = _number(where, "threshold", threshold, minimum=0, below=1)
     loss = _float(where, "loss", loss)
@@ -2754,7 +2656,7 @@ class _Probe(NamedTuple):
     def output(self, positions: Any, change: Array | float) -> Array:
         moved = self.array.copy()
         moved.reshape(-1)[positions] += change
-        inputs = _replaced(self.inputs, self.path, moved)
+        inputs = _replace(self.inputs, self.path, moved)
         return self.layer.forward(inputs["params"], inputs["x"])[0]
 
     def slope(self, positions: Any, direction: Array | float, step: float) -> float:
@@ -2764,16 +2666,16 @@ class _Probe(NamedTuple):
         return float(((higher - lower) * self.r).sum()) / (2 * step)
 
 
-def _replaced(tree: Tree, path: str, leaf: Array) -> Tree:
+def _replace(tree: Tree, path: str, leaf: Array) -> Tree:
     name, _, rest = path.partition("/")
-    return {**tree, name: _replaced(tree[name], rest, leaf) if rest else leaf}
+    return {**tree, name: _replace(tree[name], rest, leaf) if rest else leaf}
 
 
 def _suspect(probe: _Probe, analytic: Array, direction: Array) -> int:
-    """The position found by halving: always the half whose slope along `direction` is wronger.
+    """A position that is probably wrong, found by bisection.
 
-    One wrong entry anywhere changes the slope along a direction that moves every entry, so that
-    it is found with few slopes, however many entries there are.
+    One wrong entry changes the slope along a direction that moves every entry; the half whose
+    slope is further off is searched next, so few slopes suffice, however many entries there are.
     """
 
     def error(positions: Array) -> float:
@@ -2793,7 +2695,7 @@ def _suspect(probe: _Probe, analytic: Array, direction: Array) -> int:
 
 
 def _compare(probe: _Probe, analytic: Array, y: Array, rtol: float, key: Key) -> None:
-    """AssertionError where the slope by backward is not that by differences."""
+    """AssertionError where backward and central differences disagree."""
     name = probe.path.replace("params/", "grads/") if probe.path != "x" else "dx"
     if analytic.shape != probe.array.shape:
         raise AssertionError(
@@ -2817,7 +2719,7 @@ def _compare(probe: _Probe, analytic: Array, y: Array, rtol: float, key: Key) ->
         finite = math.isfinite(flat[position])
         if finite and abs(slope - flat[position]) <= tolerance:
             continue
-        # At a kink, as relu has one at 0, everything between the two one-sided slopes is right.
+        # At a kink, such as relu's at 0, anything between the two one-sided slopes is right.
         right = float(((probe.output(position, step) - y) * probe.r).sum()) / step
         left = 2 * slope - right
         lower, upper = min(left, right) - tolerance, max(left, right) + tolerance
@@ -2836,7 +2738,7 @@ def _float64(leaf: Any) -> Any:
     if array.dtype.kind != "f":
         return leaf
     array = array.astype(np.float64)
-    array.flags.writeable = False  # so that a layer that writes to its input is found at that line
+    array.flags.writeable = False  # a layer that writes to its input fails at that very line
     return array
 
 
@@ -2851,24 +2753,25 @@ def _untrained(params: Any, cache: Any, path: str) -> set[str]:
 
 
 @_quiet
-def check_gradients(layer: Any, params: Any, x: Array, rtol: float = 1e-5, key: Key = 0) -> None:
+def check_gradients(
+    layer: Differentiable, params: Tree | None, x: Array, rtol: float = 1e-5, key: Key = 0
+) -> None:
     """Compare `backward` with central differences in float64, for dx and every entry of grads.
 
     `layer` is anything with forward(params, x) -> (y, cache) and backward(params, cache, dy) ->
     (dx, grads). What is compared is the gradient of Σ y · r, r random from `key`. An array of
-    many entries is sampled, and searched by halving for the entry that is most wrong. For
-    training mode give `training(params, key)`.
+    many entries is sampled, and searched by bisection for a wrong one. For training mode give
+    `training(params, key)`.
 
-    AssertionError names the entry, its index, and both values; also when a gradient has the
-    wrong shape, when y depends on an entry that grads lack, and for grads that params lack.
-    Where y has a kink, any slope between those of its two sides is accepted.
+    AssertionError names the entry, its index and both values; it is also raised when a gradient
+    has the wrong shape, when y depends on an entry that grads lack, and for grads that params
+    lack. Where y has a kink, any slope between those of its two sides is accepted.
     """
     rtol = _number("check_gradients", "rtol", rtol, above=0, below=math.inf)
     _check_layer("check_gradients", "layer", layer, ("forward", "backward"))
     _check_numbers("check_gradients", "x", x)
     params = {} if params is None else params
-    if not isinstance(params, dict):
-        raise TypeError(f"check_gradients: params must be a dict, got {_kind(params)}")
+    _check_dict("check_gradients", "params", params)
     inputs = tree_map(_float64, {"params": params, "x": x})
     y, cache = layer.forward(inputs["params"], inputs["x"])
     if not isinstance(y, np.ndarray) or y.dtype != np.float64:
@@ -2897,23 +2800,27 @@ def check_gradients(layer: Any, params: Any, x: Array, rtol: float = 1e-5, key: 
 # ------------------------------------------------------------------------------------------------
 
 
+Loss = Callable[[Array, Array], tuple[float, Array]]
+ValueAndGrad = Callable[[Tree, Array, Array], tuple[float, Tree, Any]]
+
+
 @_quiet
 def _value_and_grad(
-    params: Tree, x: Array, target: Array, *, net: Any, loss: Callable[..., Any]
+    params: Tree, x: Array, target: Array, *, net: Differentiable, loss: Loss
 ) -> tuple[float, Tree, Any]:
     prediction, cache = net.forward(params, x)
     value, dprediction = loss(prediction, target)
     return value, _without_dx(net.backward, params, cache, dprediction)[1], cache
 
 
-def value_and_grad(net: Any, loss: Callable[..., Any]) -> Callable[..., tuple[float, Tree, Any]]:
+def value_and_grad(net: Differentiable, loss: Loss) -> ValueAndGrad:
     """The pure function (params, x, target) -> (loss, grads, cache) of a network and a loss.
 
-    `cache` is that of the forward pass, for `update_statistics`.
+    grads are those of the params alone: dx is not computed. `cache` is that of the forward pass,
+    for `update_statistics`. TypeError for what is not a network or not a function.
     """
     _check_layer("value_and_grad", "net", net, ("forward", "backward"))
-    if not callable(loss):
-        raise TypeError(f"value_and_grad: loss must be a function, got {_kind(loss)}")
+    _check_function("value_and_grad", "loss", loss)
     return partial(_value_and_grad, net=net, loss=loss)
 
 
@@ -2929,12 +2836,12 @@ def _only_statistics(cache: Any) -> Tree:
     return {name: value for name, value in found.items() if value}
 
 
-def _shard(
-    part: tuple[float, Tree, Array, Array], *, gradients: Callable[..., Any]
+def _shard_gradients(
+    part: tuple[float, Tree, Array, Array], *, gradients: ValueAndGrad
 ) -> tuple[float, Tree, Tree]:
     """The loss, grads and statistics of one part, times its share of the batch."""
-    share, *arguments = part
-    loss, grads, cache = gradients(*arguments)
+    share, params, x, target = part
+    loss, grads, cache = gradients(params, x, target)
     times = partial(_times, factor=share)
     return share * loss, tree_map(times, grads), tree_map(times, _only_statistics(cache))
 
@@ -2944,12 +2851,11 @@ def _data_parallel(
     x: Array,
     target: Array,
     *,
-    gradients: Callable[..., Any],
+    gradients: ValueAndGrad,
     shards: int,
-    mapped: Callable[..., Any],
+    map_parts: Callable[..., Any],
 ) -> tuple[float, Tree, Tree]:
-    if not isinstance(params, dict):
-        raise TypeError(f"data_parallel: params must be a dict, got {_kind(params)}")
+    _check_dict("data_parallel", "params", params)
     for name, array in (("x", x), ("target", target)):
         if not _is_array(array) or not array.ndim:
             raise TypeError(f"data_parallel: {name} must be an array (N, ...), got {_kind(array)}")
@@ -2962,7 +2868,7 @@ def _data_parallel(
         key = {"key": fold_key(params["key"], shard)} if "key" in params else {}
         share = (stop - start) / max(len(x), 1)
         parts.append((share, {**params, **key}, x[start:stop], target[start:stop]))
-    results = list(mapped(partial(_shard, gradients=gradients), parts))
+    results = list(map_parts(partial(_shard_gradients, gradients=gradients), parts))
     if len(results) != count:
         raise ValueError(f"data_parallel: map gave {len(results)} results of {count} parts")
     losses, grads, statistics = zip(*results, strict=True)
@@ -2970,28 +2876,28 @@ def _data_parallel(
 
 
 def data_parallel(
-    value_and_grad: Callable[..., Any],
+    value_and_grad: ValueAndGrad,
     shards: int,
-    map: Callable[..., Any] = map,  # noqa: A002 (it takes the built-in one's place)
-) -> Callable[..., tuple[float, Tree, Tree]]:
+    map: Callable[..., Iterable[Any]] = map,  # noqa: A002 (it stands in for the built-in)
+) -> ValueAndGrad:
     """The same function (params, x, target) -> (loss, grads, cache), computed in parts.
 
-    The batch is cut into `shards` equal parts. `map` computes them: the built-in one after the
-    other, `ThreadPoolExecutor(2).map` at once; the result depends on `shards` alone. Loss, grads
-    and what the cache lists under "statistics" are means over the parts, weighted by their sizes
-    and added in their order; nothing else of the cache remains. Each part has a key of its own,
-    and batch norm normalises each part by itself. ValueError where x and target differ in length.
+    The batch is cut into `shards` equal parts. `map` computes them: the built-in one by one,
+    `ThreadPoolExecutor(2).map` in parallel; the result depends on `shards` alone. Loss, grads and
+    what the cache lists under "statistics" are means over the parts, weighted by their sizes and
+    added in order; nothing else of the cache remains. Each part has a key of its own, and batch
+    norm normalizes each part by itself. ValueError where x and target differ in length.
     """
     if not callable(value_and_grad) or not callable(map):
         raise TypeError("data_parallel: value_and_grad and map must be functions")
     shards = _whole("data_parallel", "shards", shards, 1)
-    return partial(_data_parallel, gradients=value_and_grad, shards=shards, mapped=map)
+    return partial(_data_parallel, gradients=value_and_grad, shards=shards, map_parts=map)
 
 
 def accuracy(logits: Array, labels: Array) -> float:
-    """The share of samples whose largest logit is their label's: logits (N, K), labels (N,).
+    """The fraction of samples (N,) whose largest logit, of (N, K), is that of their label.
 
-    A sample with a logit that is nan is not right. Of equal logits the first one counts.
+    A sample with a nan among its logits counts as wrong. Of equal logits the first one counts.
     """
     _check_prediction("accuracy", "logits", logits, axes=2)
     _check_labels("accuracy", labels, *logits.shape)
@@ -3023,7 +2929,7 @@ def _spline(length: int, knots: int) -> Array:
     return np.where(near < 1, 2 / 3 - near**2 + near**3 / 2, np.maximum(2 - near, 0) ** 3 / 6)
 
 
-def _sampled(images: Array, rows: Array, columns: Array) -> Array:
+def _sample(images: Array, rows: Array, columns: Array) -> Array:
     """images (N, C, H, W) at the points (N, Ho, Wo), bilinear; zero outside."""
     N, C, H, W = images.shape
     padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)))
@@ -3050,12 +2956,13 @@ def augment(
     stretch: float = 0.1,
     elastic: float = 0.0,
 ) -> Array:
-    """Every image (N, C, H, W) moved, turned, scaled and stretched by chance, bilinearly.
+    """Every image (N, C, H, W) randomly shifted, rotated, scaled and stretched, bilinearly.
 
-    Uniform in their ranges: the shift along each axis in ±`shift` pixels, the angle in ±`rotation`
-    degrees, the size in 1 ± `scale`, height to width in 1 ± `stretch`. `elastic` is the standard
-    deviation in pixels of a smooth displacement (cubic B-splines through a knot every 7 pixels;
-    after Simard et al. 2003). What comes in from outside is zero. All of it is drawn from the key.
+    Drawn from `key`, uniformly: the shift along each axis within ±`shift` pixels, the angle within
+    ±`rotation` degrees, the size within 1 ± `scale`, the aspect ratio within 1 ± `stretch`.
+    `elastic` is the standard deviation in pixels of a smooth displacement (cubic B-splines with a
+    knot every 7 pixels; after Simard et al. 2003). Pixels from outside the image are zero.
+    ValueError for an option outside its range or images that are not (N, C, H, W).
     """
     _check_array("augment", "images", images)
     if images.ndim != 4 or 0 in images.shape[1:]:
@@ -3084,14 +2991,14 @@ def augment(
         # At a pixel the squares of a line's splines add up to 0.48 on average.
         bend = (elastic / 0.48) * (down @ knots @ across.T).astype(np.float32)
         y, x = y + bend[0], x + bend[1]
-    return _sampled(images, y, x)
+    return _sample(images, y, x)
 
 
 # ------------------------------------------------------------------------------------------------
 # Not pure: files and memory
 # ------------------------------------------------------------------------------------------------
 
-# Modules that only one of these needs are imported in it: `import purenn` stays quick.
+# Modules that only one of these functions needs are imported there, so `import purenn` is quick.
 
 
 def _path(where: str, path: Any) -> str:
@@ -3102,11 +3009,11 @@ def _path(where: str, path: Any) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of `path` once it is completely on the disk.
+    """A binary file to write to, which replaces `path` once all of it is on the disk.
 
-    `with replacing("results.csv") as file: file.write(b"...")`. It is written beside `path` as
-    `path`.PID.tmp, flushed, synchronised and renamed: at every moment there is either the old file
-    or the new one, whole. After an error in between it is the old one. OSError as from `open`.
+    `with replacing("results.csv") as file: file.write(b"...")`. It is written as `path`.PID.tmp,
+    flushed, synced and renamed, so that there is always either the whole old file or the whole new
+    one; after an error, the old one. OSError as from `open`.
     """
     path = _path("replacing", path)
     temporary = f"{path}.{os.getpid()}.tmp"
@@ -3140,6 +3047,8 @@ def save(path: Path, tree: Tree) -> None:
     import zipfile
 
     path, flat = _path("save", path), _arrays("save", "tree", tree)
+    if "key" in tree:
+        raise ValueError("save: the tree has a key; save the params without, not training(...)")
     for name in flat:
         if "\0" in name or len(name.encode()) > 65_000:
             raise ValueError(f"save: a name must be short and without NUL, got {name[:50]!r}")
@@ -3151,8 +3060,8 @@ def save(path: Path, tree: Tree) -> None:
 
 
 @contextlib.contextmanager
-def _blaming(path: str) -> Iterator[None]:
-    """Whatever goes wrong while a file is read is said of it in one line, as a ValueError."""
+def _blame_file(path: str) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into a ValueError of one line with its path."""
     try:
         yield
     except (FileNotFoundError, PermissionError):
@@ -3163,14 +3072,14 @@ def _blaming(path: str) -> Iterator[None]:
 
 
 def _open(path: str) -> IO[bytes]:
-    """The file, open for reading. A folder is refused, and what may have no end: pipes, devices."""
+    """The file, open for reading; folders, pipes and devices are refused: some have no end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("it is not a file")
     return open(path, "rb")
 
 
 def _read_array(file: IO[bytes], dtype: np.dtype, shape: Shape, order: Any) -> Array:
-    """The array that is the rest of a file; takes no more memory than that really has."""
+    """The array in the rest of a file, read without allocating more than the file holds."""
     size = math.prod(shape) * dtype.itemsize
     data = bytearray()
     while piece := file.read(min(size + 1 - len(data), 1 << 20)):  # to the end, where checksums are
@@ -3188,9 +3097,9 @@ _NPY_HEADER = re.compile(
 
 
 def _read_npy(member: IO[bytes], size: int) -> Array:
-    """The array in a .npy file of `size` bytes, whose header is not trusted.
+    """The array in an untrusted .npy file of `size` bytes.
 
-    So it is not parsed as Python, as NumPy does: little text can take a lot of stack and memory.
+    NumPy parses the header as Python, and a short text can then take a lot of stack and memory.
     """
     version = np.lib.format.read_magic(member)
     if version not in ((1, 0), (2, 0)):
@@ -3199,7 +3108,7 @@ def _read_npy(member: IO[bytes], size: int) -> Array:
     text = member.read(min(length, 10_000))
     header = _NPY_HEADER.fullmatch(text)
     if not header or len(text) != length:
-        raise ValueError("its header is not that of an array of numbers")
+        raise ValueError("its header does not describe an array of numbers")
     dtype = np.dtype(header[1].decode())
     shape = tuple(map(int, re.findall(rb"\d+", header[3])))
     if math.prod(shape) * dtype.itemsize != size - member.tell():
@@ -3210,7 +3119,7 @@ def _read_npy(member: IO[bytes], size: int) -> Array:
 def read_npz(path: Path, *, ratio: float = 1) -> dict[str, Array]:
     """{name: array} of a .npz file that unpacks to at most `ratio` times its size.
 
-    ValueError (with the path) for a damaged, truncated or untrusted file that is not one; no code
+    ValueError (with the path) for a file that is not one, damaged, truncated or malicious; no code
     in it is ever run. FileNotFoundError where there is none.
     """
     import zipfile
@@ -3218,7 +3127,7 @@ def read_npz(path: Path, *, ratio: float = 1) -> dict[str, Array]:
     path = _path("read_npz", path)
     ratio = _number("read_npz", "ratio", ratio, minimum=1, below=math.inf)
     arrays: dict[str, Array] = {}
-    with _blaming(path), _open(path) as file, zipfile.ZipFile(file) as archive:
+    with _blame_file(path), _open(path) as file, zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if archive.comment.startswith(b"purenn ") and archive.comment != _digest(archive):
             raise ValueError("its list of contents is damaged")
@@ -3229,7 +3138,7 @@ def read_npz(path: Path, *, ratio: float = 1) -> dict[str, Array]:
             if not name or ending != "npy" or name in arrays:
                 raise ValueError(f"unexpected member {info.filename!r}")
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"{info.filename!r} is packed in a way that no array is")
+                raise ValueError(f"{info.filename!r} has an unsupported compression")
             with archive.open(info) as member:
                 arrays[name] = _read_npy(member, info.file_size)
     return arrays
@@ -3238,12 +3147,12 @@ def read_npz(path: Path, *, ratio: float = 1) -> dict[str, Array]:
 def load(path: Path) -> Tree:
     """The tree of arrays that `save` wrote.
 
-    ValueError (with the path) for a damaged, truncated or hostile file; no code in it is ever
+    ValueError (with the path) for a damaged, truncated or malicious file; no code in it is ever
     run. FileNotFoundError where there is none.
     """
     path = _path("load", path)
     arrays = read_npz(path)
-    with _blaming(path):
+    with _blame_file(path):
         return tree_unflatten(arrays)
 
 
