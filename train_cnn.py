@@ -2,8 +2,8 @@
 
     python train_cnn.py --channels 32 64 --kernel 3 --epochs 10 --augment --out runs/first --plot
 
-Here are the network and its pictures. What is the same for every network (options, data, the
-loop, checkpoints) is in training/, and any script can use it as this one does.
+Here are the network and its pictures. What is the same for every network is in training/, and any
+script can use it as this one does: how a step is taken stands in `take_step` of training/loop.py.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ class CNNOptions(Options):
     epochs: int = with_default(Options, "epochs", 9)
     hidden: tuple[int, ...] = with_default(Options, "hidden", (128,))
     channels: tuple[int, ...] = network_option(
-        "channels a stage: convolution, batch norm, activation, and a pool at its end",
+        "channels per stage: convolution, batch norm, activation, and a pool at its end",
         default=(24, 48),
         metavar="N",
         type=count,
         nargs="*",
     )
-    convolutions: int = network_option("convolutions a stage", default=1, metavar="N", type=count)
-    kernel: int = network_option("its side in pixels", default=5, metavar="N", type=count)
+    convolutions: int = network_option("convolutions per stage", default=1, metavar="N", type=count)
+    kernel: int = network_option("kernel size in pixels", default=5, metavar="N", type=count)
     pool: int = network_option(
-        "side of the pooled squares; 1 for none", default=2, metavar="N", type=count
+        "pool size in pixels; 1 for none", default=2, metavar="N", type=count
     )
-    pooling: str = network_option("what a pool takes", default="max", choices=POOLS)
+    pooling: str = network_option("what a pool computes", default="max", choices=POOLS)
 
 
 def convolutions(options: CNNOptions) -> dict[str, nn.Layer]:

@@ -3,8 +3,8 @@
     python train_mlp.py --hidden 512 256 --epochs 10 --out runs/first --plot
     python train_mlp.py --task sine --plot
 
-Here are the network and its pictures. What is the same for every network (options, data, the
-loop, checkpoints) is in training/, and any script can use it as this one does.
+Here are the network and its pictures. What is the same for every network is in training/, and any
+script can use it as this one does: how a step is taken stands in `take_step` of training/loop.py.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ team         workers and MPI ranks
 prediction   the network at inference, layer by layer, its summary
 loop         the training loop
 checkpoints  run folders: model, metrics, run.json, checkpoint
+classification classes of images by a network from its run folder
 pictures     arrays as pictures (needs matplotlib)
 run          a script from its command line to its exit code
 """

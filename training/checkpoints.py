@@ -23,7 +23,8 @@ from training.choices import decay_epochs, decay_factor, depends_on_epochs
 from training.command_line import (
     all_values,
     chosen_values,
-    flags_where,
+    flag_of,
+    options_of,
     with_defaults,
 )
 from training.files import open_text
@@ -94,7 +95,10 @@ def write_outputs(progress: Progress, *, folder: str, experiment: Experiment) ->
 
 
 class Run(NamedTuple):
-    """What run.json says; None where a task has no classes or pixels."""
+    """What run.json says; None where a task has no classes or pixels.
+
+    A field that is added later needs a default, for the older files that lack it.
+    """
 
     format: int
     script: str
@@ -125,8 +129,9 @@ def used_values(experiment: Experiment, source: str | None) -> dict[str, Any]:
         shards=team.shards,
         workers=team.workers,
     )
-    outputs = flags_where(options, "group", "output")
-    return {flag: value for flag, value in all_values(used).items() if flag not in outputs}
+    values, known = all_values(used), options_of(options).items()
+    flags = [flag_of(name) for name, about in known if about.group != "output"]
+    return {flag: values[flag] for flag in flags}
 
 
 def describe_run(experiment: Experiment, script: str, source: str | None) -> Run:
@@ -159,7 +164,7 @@ def write_run(folder: str, run: Run) -> None:
 
 def check_values(before: dict[str, Any], after: dict[str, Any]) -> None:
     """ValueError if options had other values than now."""
-    for flag in [*after, *(flag for flag in before if flag not in after)]:
+    for flag in [*(flag for flag in before if flag not in after), *after]:
         old, new = before.get(flag), after.get(flag)
         if old != new:
             texts = [json.dumps(value) if value is not None else "default" for value in (old, new)]
@@ -183,6 +188,13 @@ def check_format(found: Any) -> None:
         raise ValueError(f"its format version is {found}, this version of purenn reads {FORMAT}")
 
 
+def check_fields(found: dict[str, Any], expected: type[Run] | type[Progress]) -> None:
+    """ValueError where a field is missing: all but those that were added later, with a default."""
+    for name in expected._fields:
+        if name not in found and name not in expected._field_defaults:
+            raise ValueError(f"it has no {name}")
+
+
 def read_run(folder: str) -> Run:
     """What run.json in a folder says."""
     path = os.path.join(folder, "run.json")
@@ -190,7 +202,8 @@ def read_run(folder: str) -> Run:
         with open_text(path) as file:
             found = json.load(file)
         check_format(found.get("format"))
-        run = Run(**{name: found[name] for name in Run._fields})
+        check_fields(found, Run)
+        run = Run(**{name: found[name] for name in Run._fields if name in found})
         if not isinstance(run.options, dict) or not run.options.keys() >= set(run.chosen):
             raise ValueError("the options that were chosen are not among the options")
     return run
@@ -240,8 +253,8 @@ def read_metrics(folder: str) -> list[dict[str, float]]:
 def fixed_values(options: Options, team: Team) -> dict[str, Any]:
     """{"--batch-size": 128, ...}: the values that a training cannot be resumed without."""
     values = all_values(replace(options.resolved(), shards=team.shards))
-    fixed = flags_where(options, "resumes", False)
-    return {flag: value for flag, value in values.items() if flag in fixed}
+    flags = [flag_of(name) for name, about in options_of(options).items() if not about.resumes]
+    return {flag: values[flag] for flag in flags}
 
 
 def fingerprint(experiment: Experiment) -> dict[str, Any]:
@@ -314,9 +327,7 @@ def entry_kinds(progress: Progress) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def as_progress(tree: nn.Tree, start: Progress) -> Progress:
     """The progress in the tree of a checkpoint; fields that it may lack are as in `start`."""
-    for name in Progress._fields:
-        if name not in tree and name not in Progress._field_defaults:
-            raise ValueError(f"it has no {name}")
+    check_fields(tree, Progress)
     for name in tree:
         if name not in Progress._fields:
             raise ValueError(f"it has {name}, which this version of purenn does not know")

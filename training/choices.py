@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -60,7 +61,7 @@ def choose_task(options: Options, classes: int) -> Task:
     return Task(classes, loss, nn.accuracy, "accuracy", 1, 4)
 
 
-def initializer(options: Options) -> Any:
+def initializer(options: Options) -> nn.Initializer:
     """The function (key, shape) -> array of --init and --init-std."""
     if options.standard_deviation is not None:
         return nn.normal(options.standard_deviation)
@@ -73,7 +74,7 @@ def decay_factor(options: Options, steps_per_epoch: int) -> float | None:
         return options.lr_factor
     if options.schedule == "exponential":
         steps = max(options.epochs * steps_per_epoch, 1)
-        return 0.01 ** (steps_per_epoch / steps)
+        return math.pow(0.01, steps_per_epoch / steps)
     return 0.5 if options.schedule == "plateau" else 0.1
 
 
@@ -91,7 +92,7 @@ def decay_epochs(options: Options, steps_per_epoch: int) -> tuple[float, ...] | 
     return tuple(step / steps_per_epoch for step in usual[options.schedule])
 
 
-def choose_schedule(options: Options, lr: float, steps_per_epoch: int) -> Any:
+def choose_schedule(options: Options, lr: float, steps_per_epoch: int) -> nn.Rate:
     """The learning rate by step: a number or a function."""
     name, steps = options.schedule, max(options.epochs * steps_per_epoch, 1)
     factor = decay_factor(options, steps_per_epoch) or 0.0
@@ -131,7 +132,7 @@ def depends_on_epochs(options: Options) -> str:
     return ""
 
 
-def choose_momentum(options: Options, steps_per_epoch: int) -> Any:
+def choose_momentum(options: Options, steps_per_epoch: int) -> nn.Rate | None:
     """The momentum by step: a number or a function; None for an optimizer that takes none."""
     momentum, final = options.first_momentum, options.last_momentum
     if momentum is None or final is None or final == momentum:
@@ -171,7 +172,9 @@ def choose_augmentation(options: Options) -> Augmentation | None:
 
 def augment_centered(key: nn.Key, images: np.ndarray, *, augment: Augmentation) -> np.ndarray:
     """Augmentation of pixels from -0.5 to 0.5: what comes in from outside is black here too."""
-    return augment(key, images + np.float32(0.5)) - np.float32(0.5)
+    augmented = augment(key, images + np.float32(0.5))
+    augmented -= np.float32(0.5)
+    return augmented
 
 
 def check_options(options: Options) -> None:

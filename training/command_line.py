@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import purenn as nn
 
@@ -50,6 +50,19 @@ for _kind in (count, count_or_zero, positive, not_negative, fraction):
     vars(_kind)["__name__"] = "whole number" if _kind.func is whole else "number"
 
 
+class About(NamedTuple):
+    """What there is to say of an option apart from its type."""
+
+    help: str
+    group: str
+    default: Any
+    distinguishes: bool
+    resumes: bool
+    only_with: tuple[str, Sequence[str]] | None
+    presets: dict[str, dict[str, Any]]
+    argument: dict[str, Any]
+
+
 def option(
     help: str,  # noqa: A002 (as argparse calls it)
     *,
@@ -63,31 +76,25 @@ def option(
 ) -> Any:
     """A field of a record; `argument` is what argparse's `add_argument` takes.
 
-    `distinguishes`: runs are told apart by it (--compare, titles). `resumes`: a training may be
-    resumed with another value of it. `only_with`: another option, and its choices without which
-    this one would be silently ignored. `presets`: {choice: {other option: its default then}}.
+    `help` may refer to the record, as in {record.usual_shards}. `distinguishes`: runs are told
+    apart by it (--compare, titles). `resumes`: a training may be resumed with another value of it.
+    `only_with`: another option, and its choices without which this one would be silently ignored.
+    `presets`: {choice: {other option: its default then}}.
     """
-    about = {
-        "help": help,
-        "group": group,
-        "distinguishes": distinguishes,
-        "resumes": resumes,
-        "only_with": only_with,
-        "presets": presets or {},
-        "argument": argument,
-    }
-    return dataclasses.field(default=default, metadata=about)
+    about = About(help, group, default, distinguishes, resumes, only_with, presets or {}, argument)
+    return dataclasses.field(default=default, metadata={"about": about})
 
 
 def with_default(record: type[Any], name: str, default: Any) -> Any:
     """An option of another record, with another default."""
-    (found,) = (known for known in option_fields(record) if known.name == name)
-    return dataclasses.field(default=default, metadata=found.metadata)
+    about = options_of(record)[name]._replace(default=default)
+    return dataclasses.field(default=default, metadata={"about": about})
 
 
-def option_fields(record: Any) -> list[dataclasses.Field[Any]]:
-    """The fields of a record (or of its class) that are on the command line."""
-    return [known for known in dataclasses.fields(record) if known.metadata]
+def options_of(record: Any) -> dict[str, About]:
+    """The fields of a record (or of its class) that are on the command line, by name."""
+    fields = dataclasses.fields(record)
+    return {known.name: known.metadata["about"] for known in fields if known.metadata}
 
 
 def flag_of(name: str) -> str:
@@ -95,17 +102,17 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def add_option(group: Any, known: dataclasses.Field[Any], record: type[Any]) -> None:
-    """One argument of a parser; its help may refer to the record, as in {record.usual_shards}."""
-    argument, default = dict(known.metadata["argument"]), known.default
+def add_option(group: Any, name: str, about: About, record: type[Any]) -> None:
+    """One argument of a parser."""
+    argument, default = dict(about.argument), about.default
     if isinstance(default, bool):
         argument["action"] = argparse.BooleanOptionalAction if default else "store_true"
     elif isinstance(default, tuple):
         default = list(default)  # as argparse gives what is typed, and as help shows it
     elif default is None:
         default = argparse.SUPPRESS
-    text = known.metadata["help"].format(record=record)
-    group.add_argument(flag_of(known.name), default=default, help=text, **argument)
+    text = about.help.format(record=record)
+    group.add_argument(flag_of(name), default=default, help=text, **argument)
 
 
 def new_parser(record: type[Any], description: str) -> argparse.ArgumentParser:
@@ -118,11 +125,10 @@ def new_parser(record: type[Any], description: str) -> argparse.ArgumentParser:
     version = f"purenn {nn.__version__}"
     parser.add_argument("--version", action="version", version=version, help="print it and exit")
     groups: dict[str, Any] = {}
-    for known in option_fields(record):
-        title = known.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        add_option(groups[title], known, record)
+    for name, about in options_of(record).items():
+        if about.group not in groups:
+            groups[about.group] = parser.add_argument_group(about.group)
+        add_option(groups[about.group], name, about, record)
     return parser
 
 
@@ -135,8 +141,9 @@ def from_namespace(record: type[Record], namespace: argparse.Namespace) -> Recor
 def preset_defaults(options: Any) -> dict[str, Any]:
     """The defaults that are others because of what was chosen, as with --task sine."""
     presets: dict[str, Any] = {}
-    for known in option_fields(options):
-        presets |= known.metadata["presets"].get(getattr(options, known.name), {})
+    for name, about in options_of(options).items():
+        if about.presets:
+            presets |= about.presets.get(getattr(options, name), {})
     return presets
 
 
@@ -152,26 +159,48 @@ def parse(
     return from_namespace(record, parser.parse_args(arguments))
 
 
+def from_json(about: About, value: Any) -> Any:
+    """The value of an option that `as_json` gave; ValueError for one that could not be typed."""
+    if value is None or (isinstance(value, bool) and isinstance(about.default, bool)):
+        return value
+    if isinstance(value, list):
+        return tuple(from_json(about, item) for item in value)
+    typed = about.argument.get("type", str)(str(value))
+    if typed not in about.argument.get("choices", [typed]):
+        raise ValueError(f"unknown choice {value!r}")
+    return typed
+
+
+def from_values(record: type[Record], values: dict[str, Any]) -> Record:
+    """The record of {"--batch-size": 128, ...}, as `all_values` gave them; defaults for others."""
+    known = {flag_of(name): name for name in options_of(record)}
+    found = {}
+    for flag, value in values.items():
+        try:
+            found[known[flag]] = from_json(options_of(record)[known[flag]], value)
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"{flag}: {error}") from None
+    return record(**found)
+
+
 def with_defaults(options: Any, flags: set[str]) -> Any:
     """The same options, but these flags as if they had not been given."""
     defaults = vars(type(options)(**preset_defaults(options)))
-    names = [known.name for known in option_fields(options)]
-    return dataclasses.replace(options, **{n: defaults[n] for n in names if flag_of(n) in flags})
+    names = [name for name in options_of(options) if flag_of(name) in flags]
+    return dataclasses.replace(options, **{name: defaults[name] for name in names})
 
 
 def check_companions(options: Any) -> None:
     """ValueError for an option that would be silently ignored beside the others."""
-    for known in option_fields(options):
-        value = getattr(options, known.name)
-        if known.metadata["only_with"] is None or value is None or value is False:
+    for name, about in options_of(options).items():
+        value = getattr(options, name)
+        if about.only_with is None or value is None or value is False:
             continue
-        other, choices = known.metadata["only_with"]
+        other, choices = about.only_with
         chosen = getattr(options, other)
         if chosen not in choices:
-            raise ValueError(
-                f"{flag_of(known.name)} goes with {flag_of(other)} {' or '.join(choices)},"
-                f" not {chosen}"
-            )
+            expected = " or ".join(choices)
+            raise ValueError(f"{flag_of(name)} goes with {flag_of(other)} {expected}, not {chosen}")
 
 
 def as_json(value: Any) -> Any:
@@ -183,25 +212,15 @@ def as_json(value: Any) -> Any:
 
 def all_values(options: Any) -> dict[str, Any]:
     """{"--batch-size": 128, ...}: every option by its flag, None where nothing was given."""
-    names = [known.name for known in option_fields(options)]
-    return {flag_of(name): as_json(getattr(options, name)) for name in names}
-
-
-def flags_where(record: Any, quality: str, value: Any) -> set[str]:
-    """The flags of the options for which something that `option` was told has this value."""
-    known = option_fields(record)
-    return {flag_of(one.name) for one in known if one.metadata[quality] == value}
+    return {flag_of(name): as_json(getattr(options, name)) for name in options_of(options)}
 
 
 def chosen_values(options: Any) -> dict[str, Any]:
     """{"--epochs": 2, ...}: what distinguishes this run and is not at its default."""
     defaults = all_values(type(options)(**preset_defaults(options)))
-    distinguishing = flags_where(options, "distinguishes", True)
-    return {
-        flag: value
-        for flag, value in all_values(options).items()
-        if flag in distinguishing and value != defaults[flag]
-    }
+    flags = [flag_of(name) for name, about in options_of(options).items() if about.distinguishes]
+    values = all_values(options)
+    return {flag: values[flag] for flag in flags if values[flag] != defaults[flag]}
 
 
 def as_typed(value: Any) -> str:

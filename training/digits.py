@@ -25,62 +25,62 @@ def generator_of(key: Key) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
 
 
-def _arc(x: float, y: float, width: float, height: float, start: float, end: float) -> Array:
+def arc(x: float, y: float, width: float, height: float, start: float, end: float) -> Array:
     """Points on an ellipse around (x, y); angles in degrees, clockwise from the right."""
     angles = np.radians(np.linspace(start, end, 3 + int(abs(end - start) / 40)))
     return np.stack([x + width * np.cos(angles), y + height * np.sin(angles)], axis=1)
 
 
-def _line(*points: tuple[float, float]) -> Array:
+def line(*points: tuple[float, float]) -> Array:
     """The points of a line, straight from one to the next."""
     return np.array(points, np.float64)
 
 
-def _numerals() -> list[list[list[Array]]]:
+def numerals() -> list[list[list[Array]]]:
     """For each numeral the ways to write it, each a list of strokes in a unit box, y downwards."""
     return [
-        [[_arc(0.5, 0.5, 0.3, 0.45, 0, 360)]],
+        [[arc(0.5, 0.5, 0.3, 0.45, 0, 360)]],
         [
-            [_line((0.5, 0.05), (0.5, 0.95))],
-            [_line((0.3, 0.25), (0.52, 0.05), (0.52, 0.95))],
-            [_line((0.3, 0.25), (0.52, 0.05), (0.52, 0.95)), _line((0.3, 0.95), (0.74, 0.95))],
+            [line((0.5, 0.05), (0.5, 0.95))],
+            [line((0.3, 0.25), (0.52, 0.05), (0.52, 0.95))],
+            [line((0.3, 0.25), (0.52, 0.05), (0.52, 0.95)), line((0.3, 0.95), (0.74, 0.95))],
         ],
         [
-            [_arc(0.5, 0.3, 0.28, 0.25, 190, 380), _line((0.76, 0.4), (0.2, 0.95), (0.82, 0.95))],
+            [arc(0.5, 0.3, 0.28, 0.25, 190, 380), line((0.76, 0.4), (0.2, 0.95), (0.82, 0.95))],
             [
-                _arc(0.5, 0.3, 0.28, 0.25, 190, 390),
-                _line((0.74, 0.42), (0.3, 0.85)),
-                _arc(0.3, 0.84, 0.12, 0.1, 0, 360),
-                _line((0.3, 0.94), (0.85, 0.93)),
+                arc(0.5, 0.3, 0.28, 0.25, 190, 390),
+                line((0.74, 0.42), (0.3, 0.85)),
+                arc(0.3, 0.84, 0.12, 0.1, 0, 360),
+                line((0.3, 0.94), (0.85, 0.93)),
             ],
         ],
         [
-            [_arc(0.45, 0.28, 0.28, 0.23, 200, 450), _arc(0.45, 0.73, 0.32, 0.23, 270, 520)],
-            [_line((0.2, 0.06), (0.76, 0.06), (0.45, 0.4)), _arc(0.4, 0.7, 0.34, 0.28, 270, 510)],
+            [arc(0.45, 0.28, 0.28, 0.23, 200, 450), arc(0.45, 0.73, 0.32, 0.23, 270, 520)],
+            [line((0.2, 0.06), (0.76, 0.06), (0.45, 0.4)), arc(0.4, 0.7, 0.34, 0.28, 270, 510)],
         ],
         [
-            [_line((0.62, 0.95), (0.62, 0.05), (0.15, 0.65), (0.85, 0.65))],
-            [_line((0.22, 0.05), (0.2, 0.5), (0.76, 0.5)), _line((0.74, 0.05), (0.7, 0.95))],
+            [line((0.62, 0.95), (0.62, 0.05), (0.15, 0.65), (0.85, 0.65))],
+            [line((0.22, 0.05), (0.2, 0.5), (0.76, 0.5)), line((0.74, 0.05), (0.7, 0.95))],
         ],
         [
-            [_line((0.78, 0.05), (0.3, 0.05), (0.26, 0.46)), _arc(0.5, 0.7, 0.3, 0.28, 225, 500)],
-            [_line((0.3, 0.08), (0.28, 0.42)), _arc(0.47, 0.67, 0.3, 0.28, 230, 510),
-             _line((0.3, 0.08), (0.8, 0.05))],
+            [line((0.78, 0.05), (0.3, 0.05), (0.26, 0.46)), arc(0.5, 0.7, 0.3, 0.28, 225, 500)],
+            [line((0.3, 0.08), (0.28, 0.42)), arc(0.47, 0.67, 0.3, 0.28, 230, 510),
+             line((0.3, 0.08), (0.8, 0.05))],
         ],
-        [[_arc(0.75, 0.6, 0.52, 0.56, 260, 180), _arc(0.5, 0.7, 0.26, 0.25, 0, 360)]],
+        [[arc(0.75, 0.6, 0.52, 0.56, 260, 180), arc(0.5, 0.7, 0.26, 0.25, 0, 360)]],
         [
-            [_line((0.18, 0.06), (0.82, 0.06), (0.4, 0.95))],
-            [_line((0.18, 0.06), (0.82, 0.06), (0.4, 0.95)), _line((0.35, 0.5), (0.75, 0.5))],
+            [line((0.18, 0.06), (0.82, 0.06), (0.4, 0.95))],
+            [line((0.18, 0.06), (0.82, 0.06), (0.4, 0.95)), line((0.35, 0.5), (0.75, 0.5))],
         ],
-        [[_arc(0.5, 0.28, 0.23, 0.23, 0, 360), _arc(0.5, 0.73, 0.28, 0.23, 0, 360)]],
+        [[arc(0.5, 0.28, 0.23, 0.23, 0, 360), arc(0.5, 0.73, 0.28, 0.23, 0, 360)]],
         [
-            [_arc(0.5, 0.3, 0.26, 0.25, 0, 360), _line((0.76, 0.3), (0.7, 0.65), (0.5, 0.95))],
-            [_arc(0.48, 0.3, 0.27, 0.25, 0, 360), _line((0.75, 0.3), (0.74, 0.95))],
+            [arc(0.5, 0.3, 0.26, 0.25, 0, 360), line((0.76, 0.3), (0.7, 0.65), (0.5, 0.95))],
+            [arc(0.48, 0.3, 0.27, 0.25, 0, 360), line((0.75, 0.3), (0.74, 0.95))],
         ],
     ]  # fmt: skip
 
 
-def _pen_positions(strokes: list[Array], generator: np.random.Generator, count: int) -> Array:
+def pen_positions(strokes: list[Array], generator: np.random.Generator, count: int) -> Array:
     """The strokes' segments, differently bent in each of `count` drawings: (count, segments, 4).
 
     Each row is (x, y) of a segment's two ends, in a box from -1 to 1.
@@ -99,7 +99,7 @@ def _pen_positions(strokes: list[Array], generator: np.random.Generator, count: 
     return np.stack([x, y], axis=-1).reshape(count, len(ends), 4).astype(np.float32)
 
 
-def _distances(segments: Array, size: int) -> Array:
+def distances(segments: Array, size: int) -> Array:
     """From every pixel's center to the nearest of the segments: (count, size, size)."""
     pixels = ((np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1).astype(np.float32)
     px, py = pixels[None, None, :], pixels[None, :, None]
@@ -114,16 +114,17 @@ def _distances(segments: Array, size: int) -> Array:
     return np.sqrt(nearest)
 
 
-def _ink(segments: Array, generator: np.random.Generator, size: int) -> Array:
+def draw(segments: Array, generator: np.random.Generator, size: int) -> Array:
     """Images of uint8 of those segments, each with a pen, a blur, an ink and a noise of its own."""
     one = (len(segments), 1, 1)
     thickness, blur, ink, noise = (
         generator.uniform(low, high, one).astype(np.float32)
         for low, high in ((0.04, 0.15), (0.05, 0.2), (0.6, 1.0), (0.0, 0.15))
     )
-    image = ink * np.clip((thickness - _distances(segments, size)) / blur + 0.5, 0, 1)
+    image = ink * np.clip((thickness - distances(segments, size)) / blur + 0.5, 0, 1)
     image += noise * generator.standard_normal(image.shape, np.float32)
-    return (np.clip(image, 0, 1) * 255).astype(np.uint8)
+    ink_on_paper: Array = (np.clip(image, 0, 1) * 255).astype(np.uint8)
+    return ink_on_paper
 
 
 def draw_digits(key: Key, count: int, size: int = 28) -> tuple[Array, Array]:
@@ -137,12 +138,12 @@ def draw_digits(key: Key, count: int, size: int = 28) -> tuple[Array, Array]:
     generator = generator_of(key)
     labels = generator.integers(0, 10, count)
     images = np.empty((count, size, size), np.uint8)
-    ways = [(digit, way) for digit, written in enumerate(_numerals()) for way in written]
+    ways = [(digit, way) for digit, written in enumerate(numerals()) for way in written]
     pick = generator.random(count)
     for digit in range(10):
         strokes = [way for number, way in ways if number == digit]
         for choice, way in enumerate(strokes):
             chosen = (labels == digit) & ((pick * len(strokes)).astype(int) == choice)
             for part in np.array_split(np.flatnonzero(chosen), chosen.sum() // 128 + 1):
-                images[part] = _ink(_pen_positions(way, generator, len(part)), generator, size)
+                images[part] = draw(pen_positions(way, generator, len(part)), generator, size)
     return images, labels

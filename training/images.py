@@ -21,7 +21,8 @@ def overlaps(length: int, pixels: int) -> np.ndarray:
     start, end = edges[:-1, None], edges[1:, None]
     old = np.arange(length)
     covered = np.minimum(end, old + 1) - np.maximum(start, old)
-    return np.maximum(covered, 0) * (pixels / length)
+    shares: np.ndarray = np.maximum(covered, 0) * (pixels / length)
+    return shares
 
 
 def check_side(value: Any) -> int:
@@ -114,7 +115,7 @@ def read_image(path: str, size: int | None) -> np.ndarray:
             reason = f"it is no whole {', '.join(IMAGE_FORMATS)}"
         raise ValueError(f"{path}: cannot be read as an image: {reason}") from None
     pixels = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
-    scaled = np.divide(pixels, np.float32(255), dtype=np.float32)
+    scaled: np.ndarray = np.divide(pixels, np.float32(255), dtype=np.float32)
     return scaled if size is None else resize(scaled[None], size)[0]
 
 

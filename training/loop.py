@@ -276,16 +276,16 @@ class Display:
 
     def speed(self) -> str:
         """Samples a second since the last report."""
-        return f"{self.seen / (time.monotonic() - self.since):,.0f} samples/s"
+        return f"{self.seen / max(time.monotonic() - self.since, 1e-9):,.0f} samples/s"
 
-    def report(self, progress: Progress, speed: str) -> None:
-        """The line of the last report."""
+    def report(self, progress: Progress) -> Progress:
+        """`add_report`, whose time does not count, and its line."""
+        speed = self.speed()
+        progress = add_report(self.experiment, progress)
         row = dict(zip(columns(self.experiment), progress.rows[-1].tolist(), strict=True))
         self.line.end(f"{format_report(row, self.experiment)}  {speed}")
-
-    def restart(self) -> None:
-        """Measure the speed from now on."""
         self.seen, self.since = 0, time.monotonic()
+        return progress
 
     def move(self, progress: Progress, total_steps: int) -> None:
         """The line that moves: where it is, how fast, and how long it will take."""
@@ -331,7 +331,7 @@ def interrupt(experiment: Experiment, step: int, total_steps: int) -> None:
     """KeyboardInterrupt, with a word on how to go on."""
     if experiment.team.communicator:
         experiment.team.communicator.Barrier()  # no rank ends before the checkpoint is written
-    then = "with --out it could be gone on with"
+    then = "with --out it could be resumed"
     if experiment.options.out:
         then = "the same command with --resume goes on from there"
     raise KeyboardInterrupt(f"interrupted after step {step} of {total_steps}; {then}")
@@ -361,16 +361,13 @@ def train(
             stops = any_rank(experiment.team, stop.asked)
             step = int(progress.step)
             display.seen += len(index)
-            reports = step % report_steps == 0 or step == total_steps
+            reports = step % report_steps == 0
             saves = step % epoch_steps == 0 or step % checkpoint_steps == 0 or stops
             if reports or saves:
                 check_finite(progress)
             if reports:
-                speed = display.speed()
-                progress = add_report(experiment, progress)
-                display.report(progress, speed)
+                progress = display.report(progress)
                 write(progress)
-                display.restart()
             else:
                 display.move(progress, total_steps)
             if saves:
@@ -378,4 +375,7 @@ def train(
             if stops:
                 display.line.end()
                 interrupt(experiment, step, total_steps)
+    if progress.sums[2]:  # the last report; no checkpoint has it, for a longer run would not
+        progress = display.report(progress)
+        write(progress)
     return progress

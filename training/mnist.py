@@ -146,7 +146,7 @@ def check_seconds(name: str, value: Any) -> None:
 
 
 def download_mnist(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     mirrors: Sequence[str] = MNIST_MIRRORS,
     patience: float = 2.0,
     timeout: float = 10.0,

@@ -42,13 +42,14 @@ ACTIVATIONS: dict[str, Callable[[], nn.Layer]] = {
     "gelu": nn.gelu,
     "silu": nn.silu,
 }
-INITIALIZERS: dict[str, Any] = {
+INIT_STD = 0.02
+INITIALIZERS: dict[str, nn.Initializer] = {
     "he-normal": nn.he_normal,
     "he-uniform": nn.he_uniform,
     "xavier-normal": nn.xavier_normal,
     "xavier-uniform": nn.xavier_uniform,
     "orthogonal": nn.orthogonal,
-    "normal": nn.normal,  # of the standard deviation --init-std
+    "normal": nn.normal(INIT_STD),  # or --init-std
     "zeros": nn.zeros,
 }
 OPTIMIZERS = {
@@ -157,7 +158,7 @@ class Options:
         only_with=("task", ["classes"]),
     )
     augment: tuple[tuple[str, float], ...] | None = data_option(
-        "change every training image randomly at every use: shift=PIXELS, rotation=DEGREES,"
+        "transform every training image randomly at every use: shift=PIXELS, rotation=DEGREES,"
         " scale=SHARE, stretch=SHARE, elastic=PIXELS; those named and no other, without any"
         " shift=2 rotation=10 scale=0.1 stretch=0.1",
         metavar="KIND=AMOUNT",
@@ -167,23 +168,25 @@ class Options:
     )
 
     epochs: int = training_option(
-        "rounds of training; 0 tests the network as it is",
+        "passes over the training images; 0 tests the network as it is",
         default=20,
         metavar="N",
         type=count_or_zero,
     )
-    batch_size: int = training_option("images a step", default=128, metavar="N", type=count)
-    seed: int = training_option("of everything", default=0, metavar="N", type=count_or_zero)
+    batch_size: int = training_option("images per step", default=128, metavar="N", type=count)
+    seed: int = training_option(
+        "seed of all random numbers", default=0, metavar="N", type=count_or_zero
+    )
     optimizer: str = training_option("update rule", default="adam", choices=OPTIMIZERS)
     lr: float | None = training_option(
-        "learning rate, at its highest (default: "
+        "peak learning rate (default: "
         + ", ".join(f"{name} {choice.lr:g}" for name, choice in OPTIMIZERS.items())
         + ")",
         metavar="RATE",
         type=not_negative,
     )
     momentum: float | None = training_option(
-        "of sgd or rmsprop (default: sgd 0.9, rmsprop 0)",
+        "momentum of sgd or rmsprop (default: sgd 0.9, rmsprop 0)",
         metavar="M",
         type=fraction,
         only_with=("optimizer", ["sgd", "rmsprop"]),
@@ -195,7 +198,7 @@ class Options:
         only_with=("optimizer", ["sgd", "rmsprop"]),
     )
     schedule: str = training_option(
-        "learning rate by step: constant; step: x 0.1 after each third; multistep: x 0.1 at"
+        "learning rate schedule: constant; step: x 0.1 after each third; multistep: x 0.1 at"
         " 1/2 and 3/4; exponential: down to 1 %%; cosine: down to 0; cyclic: up from a tenth and"
         " down again, every four epochs; one-cycle: up for 30 %%, then down to 0; plateau: halved"
         " when the validation loss has not fallen for 2 epochs",
@@ -209,15 +212,15 @@ class Options:
         only_with=("schedule", [n for n, takes in SCHEDULES.items() if "lr_factor" in takes]),
     )
     lr_epochs: tuple[float, ...] | None = training_option(
-        "step: that often; multistep: then; cyclic: up for so long; plateau: having waited"
-        " for so long; 0.5 is half an epoch",
+        "in epochs (0.5 is half of one), step: the interval; multistep: the milestones; cyclic:"
+        " half a cycle; plateau: the patience",
         metavar="E",
         type=positive,
         nargs="+",
         only_with=("schedule", [n for n, takes in SCHEDULES.items() if "lr_epochs" in takes]),
     )
     weight_decay: float = training_option(
-        "L2 in the update rule", default=0.0, metavar="D", type=not_negative
+        "weight decay of the optimizer", default=0.0, metavar="D", type=not_negative
     )
     loss: str = training_option(
         "what is minimized",
@@ -225,7 +228,9 @@ class Options:
         choices=["cross-entropy", "hinge", *ONE_HOT_LOSSES],
     )
     reduction: str = training_option(
-        "of the gradients of a batch's images", default="mean", choices=["mean", "sum"]
+        "how the gradients of a batch's images are combined",
+        default="mean",
+        choices=["mean", "sum"],
     )
     label_smoothing: float | None = training_option(
         "share of each target that is spread over all classes (default: 0.1 with"
@@ -235,39 +240,39 @@ class Options:
         only_with=("loss", ["cross-entropy"]),
     )
     init_from: str | None = training_option(
-        "begin with the weights of this model.npz", metavar="FILE"
+        "start from the weights of this model.npz", metavar="FILE"
     )
     train_only: tuple[str, ...] | None = training_option(
-        "leave all but these layers (names: --summary) exactly as they are, as at inference;"
-        " where one of these does not fit --init-from, it begins anew",
+        "train these layers alone (names: --summary) and leave all others exactly as they are, as"
+        " at inference; one that does not fit --init-from is initialized anew",
         metavar="LAYER",
         nargs="+",
     )
     report_every: int | None = training_option(
-        "steps from one line, point of the curves and look at the validation images to the"
-        " next (default: an epoch)",
+        "steps from one report (a line, a point of the curves, a validation) to the next"
+        " (default: an epoch)",
         metavar="N",
         type=count,
         distinguishes=False,
     )
 
     shards: int | None = parallel_option(
-        "parts of a batch that are computed by themselves, batch norm and all; the result"
-        " depends on them and not on who computes them (default: {record.usual_shards}; with --mpi"
-        " one for each worker of each rank)",
+        "parts of a batch that are computed independently, batch norm included; the result"
+        " depends on their number, not on who computes them (default: {record.usual_shards}; with"
+        " --mpi one for each worker of each rank)",
         metavar="N",
         type=count,
         distinguishes=True,
         resumes=False,
     )
     workers: int | None = parallel_option(
-        "threads that compute shards at the same time (default: as many as there are shards"
-        " and cores; with --mpi 1 in each rank)",
+        "threads that compute shards in parallel (default: as many as there are shards and cores;"
+        " with --mpi 1 in each rank)",
         metavar="N",
         type=count,
     )
     mpi: bool = parallel_option(
-        "share the shards among the processes that mpiexec or srun starts (needs mpi4py)",
+        "distribute the shards over the processes that mpiexec or srun starts (needs mpi4py)",
         default=False,
     )
 
@@ -298,17 +303,24 @@ class Options:
         metavar="RUN",
         nargs="+",
     )
+    predict: tuple[str, ...] | None = output_option(
+        "instead of training, classify these images with the network in --out: image files or"
+        " folders of them (need Pillow), a .npz with one array, IDX files; prints the name, the"
+        " class and its probability (softmax) of each",
+        metavar="FILE",
+        nargs="+",
+    )
     summary: bool = output_option(
         "print the layers, their shapes and parameters first", default=False
     )
 
     hidden: tuple[int, ...] = network_option(
-        "units a hidden layer", default=(512, 512), metavar="N", type=count, nargs="*"
+        "units per hidden layer", default=(512, 512), metavar="N", type=count, nargs="*"
     )
     activation: str = network_option("after each hidden layer", default="relu", choices=ACTIVATIONS)
-    init: str = network_option("first weights", default="he-normal", choices=INITIALIZERS)
+    init: str = network_option("initial weights", default="he-normal", choices=INITIALIZERS)
     init_std: float | None = network_option(
-        "standard deviation of --init normal (default: 0.02)",
+        f"standard deviation of --init normal (default: {INIT_STD})",
         metavar="S",
         type=not_negative,
         only_with=("init", ["normal"]),
@@ -317,7 +329,7 @@ class Options:
         "after each hidden layer", default=0.3, metavar="RATE", type=fraction
     )
     input_dropout: float = network_option(
-        "before the first one", default=0.0, metavar="RATE", type=fraction
+        "before the first hidden layer", default=0.0, metavar="RATE", type=fraction
     )
     batch_norm: bool = network_option("before each activation", default=True)
 
@@ -346,7 +358,7 @@ class Options:
     @property
     def standard_deviation(self) -> float | None:
         """--init-std; None where --init takes none."""
-        return 0.02 if self.init_std is None and self.init == "normal" else self.init_std
+        return INIT_STD if self.init_std is None and self.init == "normal" else self.init_std
 
     @property
     def picture_folder(self) -> str:

@@ -78,9 +78,7 @@ def plot_curves(path: str, runs: dict[str, list[dict[str, float]]], title: str) 
 
 def as_pictures(images: np.ndarray) -> np.ndarray:
     """images (N, C, H, W) as (N, H, W, 3), or their mean over C as (N, H, W) where C is not 3."""
-    if images.shape[1] == 3:
-        return np.moveaxis(images, 1, -1)
-    return images.mean(axis=1)
+    return np.moveaxis(images, 1, -1) if images.shape[1] == 3 else np.mean(images, axis=1)
 
 
 def plot_grid(path: str, images: np.ndarray, title: str, titles: Sequence[str] = ()) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import purenn as nn
 from training import checkpoints, loop, pictures
 from training.choices import check_options, choose_optimizer, choose_task
+from training.classification import print_classes
 from training.command_line import chosen_values, format_command, new_parser, parse
 from training.datasets import Dataset, choose_test, load_data, prepare, sine, split_off
 from training.loop import Experiment, Progress
@@ -107,9 +108,9 @@ def check_ranks_agree(experiment: Experiment) -> None:
 
 
 @contextlib.contextmanager
-def silenced(options: Chosen) -> Iterator[Chosen]:
+def silence(options: Chosen) -> Iterator[Chosen]:
     """The options of a rank beside rank 0, which alone reports, reads and writes."""
-    with open(os.devnull, "w", encoding="utf-8") as silence, contextlib.redirect_stdout(silence):
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         yield replace(options, out=None, plot=None, resume=False, summary=False)
 
 
@@ -120,7 +121,7 @@ def run(options: Options, script: Script) -> None:
     with contextlib.ExitStack() as stack:
         team = stack.enter_context(open_team(options))
         if team.rank:
-            options = stack.enter_context(silenced(options))
+            options = stack.enter_context(silence(options))
         with one_rank_first(team):
             check_options(options)
             open_folders(options)
@@ -235,6 +236,8 @@ def main(
     options = parse(record, parser, arguments)
     if options.compare is not None:
         return exit_code(parser.prog, partial(compare_runs, options))
+    if options.predict is not None:
+        return exit_code(parser.prog, partial(print_classes, options, record, build))
     work = partial(run, options, Script(parser.prog, build, draw))
     return mpi_exit_code(parser.prog, work) if options.mpi else exit_code(parser.prog, work)
 

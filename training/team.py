@@ -61,7 +61,8 @@ def own_cores(communicator: Any) -> int:
         return cores
     from mpi4py import MPI
 
-    return max(1, cores // communicator.Split_type(MPI.COMM_TYPE_SHARED).Get_size())
+    neighbors: int = communicator.Split_type(MPI.COMM_TYPE_SHARED).Get_size()
+    return max(1, cores // neighbors)
 
 
 def share_work(options: Options, communicator: Any) -> tuple[int, int]:
@@ -148,7 +149,8 @@ def add_ranks(team: Team, tree: nn.Tree) -> nn.Tree:
     total = np.empty_like(own)
     team.communicator.Allreduce(own, total)
     parts = np.split(total, np.cumsum([leaf.size for leaf in leaves])[:-1])
-    return nn.tree_map(partial(next_part, parts=iter(parts)), tree)
+    added: nn.Tree = nn.tree_map(partial(next_part, parts=iter(parts)), tree)
+    return added
 
 
 def any_rank(team: Team, asked: bool) -> bool:

@@ -170,6 +170,19 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """{path: figure} of what is drawn with matplotlib; nothing is rendered, which takes long."""
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib, which is optional")
+    figures = {}
+
+    def save(figure, path, **options):
+        figures[pathlib.Path(path)] = figure
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
+    return figures
+
+
 def outputs_in(folder):
     """{name: bytes} of what a run leaves in its folder."""
     return {name: pathlib.Path(folder, name).read_bytes() for name in checkpoints.OUTPUTS}

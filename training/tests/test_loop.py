@@ -62,7 +62,7 @@ def test_a_step_is_that_of_the_library_written_out(blob_file):
         own = nn.training(params, (3, 2, step))
         batch = augment(nn.fold_key(own["key"], 2**32 - 1), images)
         gradients = nn.value_and_grad(experiment.net, experiment.task.loss)
-        loss, grads, cache = gradients(own, batch, labels)
+        _, grads, cache = gradients(own, batch, labels)
         params, state = optimizer.step(params, grads, state)
         params = nn.update_statistics(params, cache)
     assert all_bytes(moved.params, moved.state) == all_bytes(params, state)

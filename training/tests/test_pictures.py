@@ -1,26 +1,11 @@
 """Pictures: arrays in, files out (needs matplotlib)."""
 
-import os
-import pathlib
-
 import numpy as np
 import pytest
 
 from training import pictures
 
 matplotlib = pytest.importorskip("matplotlib", reason="pictures need matplotlib, which is optional")
-
-
-@pytest.fixture
-def drawn(monkeypatch, tmp_path):
-    """{name of the file: figure}, of what is drawn; nothing is rendered."""
-    figures = {}
-
-    def save(figure, path, **options):
-        figures[os.path.relpath(path, tmp_path)] = figure
-
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
-    return figures
 
 
 def rows(steps, losses, accuracies, validation=False):
@@ -39,8 +24,8 @@ def test_curves_of_several_runs(drawn, tmp_path):
         "--lr 0.1 $": rows([5, 10], [1.0, 0.01], [0.5, 0.9], validation=True),
         "--lr 1": rows([7], [0.3], [0.6]),
     }
-    pictures.plot_curves(str(tmp_path / "a.png"), runs, "train_mlp.py $x$")
-    loss, accuracy = drawn["a.png"].axes
+    pictures.plot_curves(tmp_path / "a.png", runs, "train_mlp.py $x$")
+    loss, accuracy = drawn[tmp_path / "a.png"].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in loss.lines}
     assert lines == {
         r"--lr 0.1 \$, training": [[5, 1.0], [10, 0.01]],
@@ -53,11 +38,14 @@ def test_curves_of_several_runs(drawn, tmp_path):
     assert (loss.get_ylabel(), accuracy.get_ylabel(), loss.get_xlabel()) == (
         "loss", "accuracy", "step",
     )  # fmt: skip
-    assert drawn["a.png"].get_suptitle() == r"train_mlp.py \$x\$"
+    assert drawn[tmp_path / "a.png"].get_suptitle() == r"train_mlp.py \$x\$"
     errors = [{"step": 1, "loss": 0.0, "error": 0.5}]
-    pictures.plot_curves(str(tmp_path / "b.png"), {"": errors}, "")
-    assert [panel.get_ylabel() for panel in drawn["b.png"].axes] == ["loss", "mean absolute error"]
-    assert [line.get_label() for line in drawn["b.png"].axes[0].lines] == ["training"]
+    pictures.plot_curves(tmp_path / "b.png", {"": errors}, "")
+    assert [panel.get_ylabel() for panel in drawn[tmp_path / "b.png"].axes] == [
+        "loss",
+        "mean absolute error",
+    ]
+    assert [line.get_label() for line in drawn[tmp_path / "b.png"].axes[0].lines] == ["training"]
 
 
 def test_images_as_pictures():
@@ -72,22 +60,22 @@ def test_images_as_pictures():
 def test_a_grid_has_at_most_64_images_in_one_range(drawn, tmp_path, low):
     images = np.random.default_rng(0).random((70, 4, 5)) + low
     titles = [f"{number}" for number in range(70)]
-    pictures.plot_grid(str(tmp_path / "grid.png"), images, "all", titles)
-    panels = drawn["grid.png"].axes
+    pictures.plot_grid(tmp_path / "grid.png", images, "all", titles)
+    panels = drawn[tmp_path / "grid.png"].axes
     assert len(panels) == 64
     assert [panel.get_title() for panel in panels] == titles[:64]
     shown = np.array([panel.images[0].get_array() for panel in panels])
     high = np.abs(images[:64]).max()
     expected = (images[:64] + high) / (2 * high) if low else images[:64] / high
     np.testing.assert_allclose(shown, expected)
-    pictures.plot_grid(str(tmp_path / "one.png"), np.zeros((1, 4, 5)), "black")
-    assert drawn["one.png"].axes[0].images[0].get_array().max() == 0
+    pictures.plot_grid(tmp_path / "one.png", np.zeros((1, 4, 5)), "black")
+    assert drawn[tmp_path / "one.png"].axes[0].images[0].get_array().max() == 0
 
 
 def test_maps_are_a_line_of_channels_for_each_name(drawn, tmp_path):
     maps = [("image", np.ones((1, 4, 4))), ("convolution 1", np.ones((20, 4, 4)))]
-    pictures.plot_maps(str(tmp_path / "maps.png"), maps)
-    panels = drawn["maps.png"].axes
+    pictures.plot_maps(tmp_path / "maps.png", maps)
+    panels = drawn[tmp_path / "maps.png"].axes
     assert [len(panel.images) for panel in panels] == [1] + [0] * 15 + [1] * 16
     assert (panels[0].get_ylabel(), panels[16].get_ylabel()) == ("image", "convolution 1")
 
@@ -96,8 +84,8 @@ def test_maps_are_a_line_of_channels_for_each_name(drawn, tmp_path):
 def test_the_confusion_counts_who_was_taken_for_whom(drawn, tmp_path, classes):
     labels, predicted = np.array([0, 0, 1, 1, 1]), np.array([0, 1, 1, 1, 0])
     names = [f"class {number}" for number in range(classes)]
-    pictures.plot_confusion(str(tmp_path / "confusion.png"), predicted, labels, names)
-    (panel,) = drawn["confusion.png"].axes
+    pictures.plot_confusion(tmp_path / "confusion.png", predicted, labels, names)
+    (panel,) = drawn[tmp_path / "confusion.png"].axes
     wrong = np.zeros((classes, classes))
     wrong[0, 1] = wrong[1, 0] = 1
     np.testing.assert_array_equal(panel.images[0].get_array(), wrong)
@@ -115,29 +103,29 @@ def test_the_furthest_off_of_the_misclassified_come_first(drawn, tmp_path):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 200)
     logits, images = rng.normal(size=(200, 3)), rng.random((200, 1, 2, 2))
-    pictures.draw_mistakes(str(tmp_path), images, labels, logits, ["cat", "$b$", "c"])
+    pictures.draw_mistakes(tmp_path, images, labels, logits, ["cat", "$b$", "c"])
     predicted = logits.argmax(axis=1)
     wrong = [i for i in range(200) if predicted[i] != labels[i]]
     worst = sorted(wrong, key=lambda i: logits[i, labels[i]] - logits[i].max())[:40]
-    panels = [panel for panel in drawn["mistakes.png"].axes if panel.images]
+    panels = [panel for panel in drawn[tmp_path / "mistakes.png"].axes if panel.images]
     assert len(panels) == len(worst) == 40
     names = ["cat", r"\$b\$", "c"]
     for panel, i in zip(panels, worst, strict=True):
         np.testing.assert_allclose(panel.images[0].get_array(), images[i, 0] / images[worst].max())
         assert panel.get_title() == f"{names[labels[i]]} \N{RIGHTWARDS ARROW} {names[predicted[i]]}"
-    title = drawn["mistakes.png"].get_suptitle()
+    title = drawn[tmp_path / "mistakes.png"].get_suptitle()
     assert title.startswith(f"{len(wrong)} of 200 test images ")
     assert title.endswith("; the 40 furthest off")
-    assert "confusion.png" in drawn
+    assert tmp_path / "confusion.png" in drawn
     drawn.clear()
-    pictures.draw_mistakes(str(tmp_path), images[:1], labels[:1], np.eye(3)[labels[:1]], ["a"] * 3)
-    assert list(drawn) == ["confusion.png"]  # nothing is misclassified
+    pictures.draw_mistakes(tmp_path, images[:1], labels[:1], np.eye(3)[labels[:1]], ["a"] * 3)
+    assert list(drawn) == [tmp_path / "confusion.png"]  # nothing is misclassified
 
 
 def test_the_fit_of_a_curve(drawn, tmp_path):
     x = np.linspace(-1, 1, 5)[:, None]
-    pictures.plot_fit(str(tmp_path / "fit.png"), x, np.sin(x), np.sin(x) + 0.25)
-    above, below = drawn["fit.png"].axes
+    pictures.plot_fit(tmp_path / "fit.png", x, np.sin(x), np.sin(x) + 0.25)
+    above, below = drawn[tmp_path / "fit.png"].axes
     target, output = (line.get_ydata() for line in above.lines)
     np.testing.assert_allclose(output - target, 0.25)
     np.testing.assert_allclose(below.lines[0].get_ydata(), 0.25)
@@ -152,12 +140,17 @@ def test_class_names_that_no_font_can_draw_become_numbers(recwarn):
 
 
 def test_pictures_are_files_and_no_figure_stays_open(tmp_path):
-    folder = pathlib.Path(tmp_path, "$\\plots$")
+    folder = tmp_path / "$\\plots$"
     folder.mkdir()
     labels, images = np.array([0, 1]), np.random.default_rng(0).random((2, 3, 6, 6))
-    pictures.plot_curves(str(folder / "curves.png"), {"$": rows([1], [1], [1])}, "$\\frac$")
-    pictures.draw_mistakes(str(folder), images, labels, np.eye(2)[::-1], ["$\\frac$", "b"])
-    for name in ("curves.png", "confusion.png", "mistakes.png"):
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    pictures.plot_curves(folder / "curves.png", {"$": rows([1], [1], [1])}, "$\\frac$")
+    pictures.draw_mistakes(folder, images, labels, np.eye(2)[::-1], ["$\\frac$", "b"])
+    pictures.plot_maps(folder / "maps.png", [("$", images[0])])
+    pictures.plot_fit(folder / "fit.png", np.ones((2, 1)), np.ones((2, 1)), np.ones((2, 1)))
+    names = {"curves.png", "confusion.png", "mistakes.png", "maps.png", "fit.png"}
+    assert {path.name for path in folder.iterdir()} == names
+    for path in folder.iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 1_000
     assert matplotlib.get_backend().lower() == "agg"
-    assert not matplotlib.pyplot.get_fignums()
+    assert not pictures.pyplot().get_fignums()
