@@ -358,7 +358,7 @@ def tables(options: argparse.Namespace) -> str:
 
 
 def short_table(options: argparse.Namespace) -> str:
-    """The table of benchmarks/README.md."""
+    """The short table of benchmarks/results.md."""
     rows = [
         [str(e.report), e.what, e.theirs, result_of(e, options)["measured"]]
         for e in EXPERIMENTS
@@ -401,7 +401,7 @@ def main() -> int:
     parser.add_argument("--plot", action="store_true", help="draw the pictures of each run as well")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     parser.add_argument(
-        "--short", action="store_true", help="print the table of benchmarks/README.md, run nothing"
+        "--short", action="store_true", help="print the short table of results.md, run nothing"
     )
     options = parser.parse_args()
     experiments = select(options.what)
