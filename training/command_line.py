@@ -11,16 +11,11 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import purenn as nn
 
 Record = TypeVar("Record")
-EPILOG = (
-    "Speed: freed memory is kept for the next step (glibc alone would hand it back). Of the"
-    " environment, OPENBLAS_NUM_THREADS says how many cores to use, 1 where two trainings share"
-    " the machine, and OPENBLAS_CORETYPE which kernels: best left to OpenBLAS."
-)
 
 
 def whole(minimum: int, text: str) -> int:
@@ -40,14 +35,21 @@ def real(minimum: float, below: float, text: str) -> float:
     return number
 
 
+def positive(text: str) -> float:
+    """A number above 0 from the command line."""
+    number = real(0.0, math.inf, text)
+    if not number:
+        raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
+    return number
+
+
 count = partial(whole, 1)
 count_or_zero = partial(whole, 0)
-positive = partial(real, 5e-324, math.inf)
 not_negative = partial(real, 0.0, math.inf)
 fraction = partial(real, 0.0, 1.0)
-for _kind in (count, count_or_zero, positive, not_negative, fraction):
-    # argparse names the type in its message: "invalid whole number value: 'x'"
-    vars(_kind)["__name__"] = "whole number" if _kind.func is whole else "number"
+# argparse names the type in its message: "invalid whole number value: 'x'"
+vars(count)["__name__"] = vars(count_or_zero)["__name__"] = "whole number"
+vars(not_negative)["__name__"] = vars(fraction)["__name__"] = positive.__name__ = "number"
 
 
 class About(NamedTuple):
@@ -115,12 +117,20 @@ def add_option(group: Any, name: str, about: About, record: type[Any]) -> None:
     group.add_argument(flag_of(name), default=default, help=text, **argument)
 
 
-def new_parser(record: type[Any], description: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def new_parser(record: type[Any], description: str, epilog: str = "") -> argparse.ArgumentParser:
     """The parser of all options of a record."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog=EPILOG,
+        epilog=epilog,
     )
     version = f"purenn {nn.__version__}"
     parser.add_argument("--version", action="version", version=version, help="print it and exit")

@@ -134,14 +134,14 @@ def plot_maps(path: str, maps: Sequence[tuple[str, np.ndarray]]) -> None:
 def plot_confusion(
     path: str, predicted: np.ndarray, labels: np.ndarray, names: Sequence[str]
 ) -> None:
-    """How many images of each class (down) were taken for which (across)."""
+    """How many images of each class (down) were predicted as which (across)."""
     classes = len(names)
     counts = np.bincount(labels * classes + predicted, minlength=classes**2)
     counts = counts.reshape(classes, classes)
     side = max(4.0, 0.5 * classes + 1)
     figure, panel = pyplot().subplots(figsize=(side, side), layout="constrained")
     wrong = counts * (1 - np.eye(classes, dtype=int))
-    panel.imshow(wrong, cmap="Reds", vmax=max(int(wrong.max()), 1))  # the right ones left white
+    panel.imshow(wrong, cmap="Reds", vmax=max(int(wrong.max()), 1))  # the correct ones stay white
     if classes <= 30:
         for (label, prediction), number in np.ndenumerate(counts):
             dark = wrong[label, prediction] > 0.6 * wrong.max() > 0
@@ -150,7 +150,7 @@ def plot_confusion(
         panel.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > 3 else 0)
         panel.set_yticks(range(classes), names)
     right = counts.trace() / max(counts.sum(), 1)
-    panel.set(xlabel="predicted", ylabel="class", title=f"test images, {right:.2%} right")
+    panel.set(xlabel="predicted", ylabel="class", title=f"test images, accuracy {right:.2%}")
     figure.savefig(path, dpi=120)
     pyplot().close(figure)
 

@@ -30,6 +30,12 @@ Chosen = TypeVar("Chosen", bound=Options)
 Draw = Callable[[str, Experiment, nn.Tree], None]  # (folder, experiment, params) -> pictures
 
 
+EPILOG = (
+    "Speed: OPENBLAS_NUM_THREADS in the environment limits the cores that are used, 1 where two"
+    " trainings share the machine; OPENBLAS_CORETYPE chooses the kernels and is best left unset."
+)
+
+
 class Script(NamedTuple):
     """What a script is apart from its options."""
 
@@ -232,7 +238,7 @@ def main(
     arguments: Sequence[str] | None = None,
 ) -> int:
     """A script with these options, this network and these pictures; gives its exit code."""
-    parser = new_parser(record, description)
+    parser = new_parser(record, description, EPILOG)
     options = parse(record, parser, arguments)
     if options.compare is not None:
         return exit_code(parser.prog, partial(compare_runs, options))

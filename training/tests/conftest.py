@@ -4,7 +4,6 @@ HYPOTHESIS_PROFILE=wide looks further than the quick default, which draws the sa
 """
 
 import csv
-import gzip
 import os
 import pathlib
 import re
@@ -38,7 +37,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 SCRIPTS = {"train_mlp.py": train_mlp, "train_cnn.py": train_cnn}
 LAST_LINE = re.compile(r"test_accuracy=(\d\.\d{4}) test_loss=(\d+\.\d{4}) seconds=\d+\.\d")
-FASHIONS = {"plain": bytes, "gzip": gzip.compress}  # how an IDX file may be packed
 
 
 # --- trees, memory, messages ---
@@ -108,15 +106,6 @@ def idx(array):
     kind = array.dtype.str.removeprefix("|")
     header = struct.pack(f">4B{array.ndim}I", 0, 0, IDX_CODES[kind], array.ndim, *array.shape)
     return header + array.tobytes()
-
-
-def four_parts(shape=(4, 5), kind=np.uint8):
-    """Images and labels as they could be in a file, with 0 and 255 among the pixels."""
-    images = np.random.default_rng(0).integers(0, 256, (6, *shape))
-    images.flat[:2] = 0, 255
-    labels = np.arange(6, dtype=np.uint8)
-    images = images.astype(kind)
-    return {"x_train": images, "y_train": labels, "x_test": images[3::-1], "y_test": labels[:4]}
 
 
 def blobs(count, shape, classes, key):

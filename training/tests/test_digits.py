@@ -13,7 +13,7 @@ from training.tests.conftest import all_bytes
 
 
 def test_every_stroke_of_every_numeral_lies_in_its_box():
-    numerals = digits._numerals()
+    numerals = digits.numerals()
     assert [len(ways) for ways in numerals] == [1, 3, 2, 2, 2, 2, 1, 2, 1, 2]
     for ways in numerals:
         for strokes in ways:
@@ -33,12 +33,12 @@ def test_distances_are_those_to_the_nearest_point_of_a_segment(ends, size):
     away = np.hypot(
         centers[None, :, None] - points[:, 0], centers[:, None, None] - points[:, 1]
     ).min(axis=2)
-    np.testing.assert_allclose(digits._distances(segments, size)[0], away, atol=3e-3)
+    np.testing.assert_allclose(digits.distances(segments, size)[0], away, atol=3e-3)
 
 
 def test_bent_strokes_stay_in_one_piece_and_upright():
     stroke = np.array([[0.5, 0.05], [0.4, 0.3], [0.6, 0.6], [0.5, 0.95]])
-    segments = digits._pen_positions([stroke], np.random.default_rng(0), 500)
+    segments = digits.pen_positions([stroke], np.random.default_rng(0), 500)
     assert (segments.shape, segments.dtype) == ((500, 3, 4), np.float32)
     np.testing.assert_array_equal(segments[:, :-1, 2:], segments[:, 1:, :2])
     height = segments[:, -1, 3] - segments[:, 0, 1]

@@ -5,6 +5,7 @@ import pathlib
 import struct
 import warnings
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -171,10 +172,7 @@ def test_a_damaged_image_is_refused_or_right(tmp_path):
 @pytest.mark.usefixtures("image_module")
 @pytest.mark.parametrize("error", [KeyError("x"), struct.error("x"), IndexError("x"), EOFError()])
 def test_whatever_pillow_raises_is_said_of_the_image(error, tmp_path, monkeypatch):
-    def fail(*arguments, **options):
-        raise error
-
-    monkeypatch.setattr("PIL.Image.Image.convert", fail)
+    monkeypatch.setattr("PIL.Image.Image.convert", mock.Mock(side_effect=error))
     assert image_refusal(one_image(tmp_path, png(3, 2, PIXELS)))
 
 

@@ -1,6 +1,7 @@
 """The training loop: steps, reports, where it begins and how it stops."""
 
 import math
+import re
 import signal
 from dataclasses import replace
 
@@ -69,15 +70,6 @@ def test_a_step_is_that_of_the_library_written_out(blob_file):
     assert moved.sums[2] == 32
 
 
-def test_a_network_with_batch_norm_learns_from_shards_of_few_images(blob_file):
-    experiment = mlp_experiment(blob_file, hidden=(4,), shards=9, batch_size=66)
-    optimizer = nn.adam()
-    progress = loop.begin(experiment, optimizer, loop.first_params(experiment))
-    for size in (2, 3, 66):
-        progress = loop.take_step(experiment, optimizer, progress, np.arange(size))
-    assert progress.step == 3
-
-
 # --- layers that are trained, and others ---
 
 
@@ -95,13 +87,6 @@ def test_frozen_layers_are_as_at_inference_and_the_others_in_training(blob_file)
     assert not np.array_equal(moved["norm2"]["mean"], params["norm2"]["mean"])
     trained = loop.trained_entries(experiment, params)
     assert set(nn.tree_flatten(trained)) == {"norm2/gamma", "norm2/beta", "out/W", "out/b"}
-
-
-def test_layers_without_parameters_cannot_be_trained_alone(blob_file):
-    experiment = mlp_experiment(blob_file, hidden=(8,), train_only=("act1",))
-    words = "--train-only: no layer act1 has parameters, but hidden1, norm1, out"
-    with pytest.raises(ValueError, match=words):
-        loop.first_params(experiment)
 
 
 @pytest.fixture(scope="module")
@@ -132,17 +117,14 @@ def test_a_model_is_where_another_training_begins(blob_file, model):
     [
         ({"hidden": (8,)}, "this network has no layer hidden2 or norm2"),
         ({"hidden": (8, 6, 4)}, "hidden3 has nothing, but this network needs {'hidden3/W'"),
-        (
-            {"hidden": (8, 5)},
-            "hidden2 has {'hidden2/W': (8, 6)}, but this network needs {'hidden2/W': (8, 5)}",
-        ),
+        ({"hidden": (8, 5)}, "hidden2 has {'hidden2/W': (8, 6)}, but this network needs {'hidden2"),
         ({"hidden": (8, 6), "batch_norm": False}, "this network has no layer norm1 or norm2"),
+        ({"train_only": ("act1",)}, "--train-only: no layer act1 has parameters, but hidden1, nor"),
     ],
 )
-def test_init_from_says_what_does_not_fit(options, words, blob_file, model):
-    with pytest.raises(ValueError) as refused:  # noqa: PT011
+def test_what_does_not_fit_is_said(options, words, blob_file, model):
+    with pytest.raises(ValueError, match=re.escape(words)):
         loop.first_params(mlp_experiment(blob_file, init_from=model, **options))
-    assert str(refused.value).startswith(f"{model}: {words}")
 
 
 @pytest.mark.parametrize("kind", ["i1", "f2", "?", "u8"])
@@ -197,22 +179,19 @@ def test_a_report_is_of_the_steps_since_the_last_one(blob_file, monkeypatch):
 @pytest.mark.parametrize("validation", [20, 0])
 def test_the_best_params_are_kept_or_without_validation_the_last(validation, blob_file):
     options = {"hidden": (8,), "batch_size": 16, "epochs": 6, "schedule": "constant"}
-    experiment = mlp_experiment(blob_file, validation=validation, **options)
-    seen = []
+    experiment, seen = mlp_experiment(blob_file, validation=validation, **options), []
     progress = trained(experiment, nn.adam(0.1), save=lambda progress: seen.append(progress.params))
-    names = loop.columns(experiment)
-    assert names[:4] == ["epoch", "step", "loss", "accuracy"]
+    names = ["epoch", "step", "loss", "accuracy"]
     if not validation:
-        assert len(names) == 4
+        assert loop.columns(experiment) == names
         assert progress.best is progress.params
         return
-    scores = progress.rows[:, names.index("validation_accuracy")]
-    assert progress.best_score == scores.max()
-    best = int(scores.argmax())
+    assert loop.columns(experiment) == [*names, "validation_loss", "validation_accuracy"]
+    best = int(progress.rows[:, 5].argmax())
+    assert progress.best_score == progress.rows[best, 5]
     assert all_bytes(progress.best) == all_bytes(seen[best])
     measured = loop.validate(experiment, progress.best, "validation")
     assert measured == tuple(progress.rows[best, 4:])
-    assert scores[-1] <= scores.max()
 
 
 def test_the_plateau_sees_the_validation_loss(blob_file, monkeypatch):
@@ -228,20 +207,12 @@ def test_the_plateau_sees_the_validation_loss(blob_file, monkeypatch):
     assert seen == [(loss, 12) for loss in progress.rows[:, 4]]
 
 
-@pytest.mark.parametrize(
-    ("value", "where"),
-    [
-        (math.nan, "hidden2/W is not finite, so its gradient was not"),
-        (3e38, "the output of hidden2 is not finite"),
-    ],
-)
 @pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
-def test_a_loss_that_is_not_finite_says_where_it_began(value, where, blob_file):
-    experiment = mlp_experiment(blob_file, hidden=(8, 6))
-    optimizer = nn.adam()
+def test_a_loss_that_is_not_finite_says_where_it_began(blob_file):
+    experiment, optimizer = mlp_experiment(blob_file, hidden=(8, 6)), nn.adam()
     progress = loop.begin(experiment, optimizer, loop.first_params(experiment))
-    weights = np.full_like(progress.params["hidden2"]["W"], value)
-    progress = progress._replace(params={**progress.params, "hidden2": {"W": weights}})
+    progress.params["hidden2"]["W"][:] = 3e38
+    where = "the output of hidden2 is not finite"
     with pytest.raises(ValueError, match=rf"^the loss became (nan|inf) in step 0: {where}; try a"):
         loop.take_step(experiment, optimizer, progress, np.arange(9))
 

@@ -5,7 +5,6 @@ import errno
 import gc
 import gzip
 import hashlib
-import io
 import itertools
 import math
 import os
@@ -18,40 +17,27 @@ import types
 import numpy as np
 import pytest
 
-import purenn as nn
 from training import mnist
 from training.datasets import read_dataset
 from training.tests.conftest import idx, peak_memory
 
-FILES = (
-    "t10k-labels-idx1-ubyte.gz",
-    "train-labels-idx1-ubyte.gz",
-    "t10k-images-idx3-ubyte.gz",
-    "train-images-idx3-ubyte.gz",
-)
+DIGESTS = """
+t10k-labels-idx1-ubyte.gz 10008 ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2
+train-labels-idx1-ubyte.gz 60008 65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5
+t10k-images-idx3-ubyte.gz 7840016 0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7
+train-images-idx3-ubyte.gz 47040016 ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db
+"""
+MNIST = {
+    name: (int(size), digest) for name, size, digest in map(str.split, DIGESTS.split("\n")[1:-1])
+}
+FILES = tuple(MNIST)
 SMALL, LARGE = FILES[0], FILES[-1]
+NOT_FOUND = b"HTTP/1.0 404 Not Found\r\n\r\n"
 
 
 def test_the_digests_are_those_of_mnist():
     assert len(mnist.MNIST_MIRRORS) >= 2
-    assert mnist.MNIST_FILES == {
-        "t10k-labels-idx1-ubyte.gz": (
-            10_008,
-            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-        ),
-        "train-labels-idx1-ubyte.gz": (
-            60_008,
-            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-        ),
-        "t10k-images-idx3-ubyte.gz": (
-            7_840_016,
-            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-        ),
-        "train-images-idx3-ubyte.gz": (
-            47_040_016,
-            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-        ),
-    }
+    assert mnist.MNIST_FILES == MNIST
     assert tuple(mnist.MNIST_FILES) == FILES  # the smallest first: it is asked of every mirror
 
 
@@ -177,7 +163,7 @@ BAD_ANSWERS = {  # what a mirror sends that does not give the file with these pa
     "wrong bytes": lambda content: [response(gzip.compress(b"something else"))],
     "not even packed": lambda content: [response(b"<html>log in first</html>")],
     "too long": lambda content: [response(content + bytes(100_000))],
-    "not there": lambda content: [b"HTTP/1.0 404 Not Found\r\n\r\n"],
+    "not there": lambda content: [NOT_FOUND],
     "a server error": lambda content: [b"HTTP/1.0 503 Busy\r\n\r\n"],
     "hangs up at once": lambda content: [],
     "no http": lambda content: [b"220 ready\r\n"],
@@ -186,12 +172,12 @@ BAD_ANSWERS = {  # what a mirror sends that does not give the file with these pa
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nabc"
     ],
     "an empty file": lambda content: [response(b"")],
-    "a redirection to a file": lambda content: [
-        b"HTTP/1.0 302 Found\r\nLocation: file:///etc/hostname\r\n\r\n"
-    ],
-    "a redirection to itself": lambda content: [
-        b"HTTP/1.0 302 Found\r\nLocation: /" + SMALL.encode() + b"\r\n\r\n"
-    ],
+    **{
+        f"a redirection to {place}": lambda content, place=place: [
+            f"HTTP/1.0 302 Found\r\nLocation: {place}\r\n\r\n".encode()
+        ]
+        for place in ("file:///etc/hostname", f"/{SMALL}")  # the second one to itself
+    },
     "silence": None,
 }
 
@@ -217,39 +203,29 @@ def test_bad_answers_are_errors_and_another_mirror_is_asked(
     before = len(bad.asked)
     mnist.download_mnist(tmp_path / "new", [bad.url, good.url], patience=5, timeout=0.5)
     assert files_in(tmp_path / "new") == packed
-    assert len(bad.asked) - before <= 1 or name == "a redirection to itself"
+    assert len(bad.asked) - before <= 1 or name.endswith(SMALL)
 
 
 def test_download_goes_on_at_another_mirror_in_the_middle(tmp_path, serve, packed):
     complete = threading.Event()
-
-    def first_file_only(name):
-        return [response(packed[name] if name == SMALL else b"not this one")]
-
-    def later(name):
-        return [response(packed[name]) if complete.is_set() else b"HTTP/1.0 404 Not Found\r\n\r\n"]
-
-    fickle, late = serve(first_file_only), serve(later)
-    mnist.download_mnist(
-        tmp_path, [late.url, fickle.url], patience=5, progress=lambda *call: complete.set()
-    )
+    fickle = serve(lambda name: [response(packed[name] if name == SMALL else b"not this one")])
+    late = serve(lambda name: [response(packed[name]) if complete.is_set() else NOT_FOUND])
+    mirrors = [late.url, fickle.url]
+    mnist.download_mnist(tmp_path, mirrors, patience=5, progress=lambda *call: complete.set())
     assert files_in(tmp_path) == packed
     assert late.asked[-3:] == list(FILES[1:])
 
 
-def test_the_rest_is_asked_of_every_mirror_once_and_only_whole_files_are_kept(
-    tmp_path, serve, packed
-):
+def test_every_mirror_is_asked_once_and_only_whole_files_are_kept(tmp_path, serve, packed):
     def small_only(name):
         return [response(packed[name] if name == SMALL else b"not this one")]
 
     servers = [serve(small_only), serve(small_only)]
-    with pytest.raises(OSError, match=rf"^no mirror gives {FILES[1]}: ") as caught:
+    with pytest.raises(OSError, match=rf"^no mirror gives {FILES[1]}: .*; ") as caught:
         mnist.download_mnist(tmp_path, [server.url for server in servers], patience=5)
     for server in servers:
         assert server.asked.count(FILES[1]) == 1
         assert str(caught.value).count(f"{server.url}: {FILES[1]} is damaged: ") == 1
-    assert "; " in str(caught.value)
     assert files_in(tmp_path) == {SMALL: packed[SMALL]}
 
 
@@ -282,20 +258,16 @@ def test_the_first_to_answer_is_asked_for_everything(tmp_path, serve, packed, go
 
 
 def test_all_mirrors_are_asked_at_once(tmp_path, serve, packed, monkeypatch):
-    everyone, started = threading.Barrier(4, timeout=10), []
+    everyone, questions, started = threading.Barrier(4, timeout=10), itertools.count(), []
 
     def answer(name):
-        if name == SMALL and not everyone.broken and len(asked_twice) < 4:
-            asked_twice.append(name)
+        if next(questions) < 4:
             everyone.wait()
         return [response(packed[name])]
 
-    asked_twice = []
     servers = [serve(answer) for _ in range(4)]
     start = threading.Thread.start
-    monkeypatch.setattr(
-        threading.Thread, "start", lambda thread: (started.append(thread), start(thread))
-    )
+    monkeypatch.setattr(threading.Thread, "start", lambda own: (started.append(own), start(own)))
     mnist.download_mnist(tmp_path, [server.url for server in servers], patience=20)
     assert files_in(tmp_path) == packed
     asking = [thread for thread in started if thread.name != "server"]
@@ -331,20 +303,12 @@ def test_patience_ends_where_no_timeout_reaches(tmp_path, monkeypatch, released)
     assert not waited
 
 
-class FullDisk(io.FileIO):
-    """A file on a disk that has room for so many bytes."""
-
-    def write(self, content):
-        if self.tell() + len(content) > 1000:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return super().write(content)
-
-
 def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, good, packed):
-    def open_on_full_disk(path, mode="r"):
-        return FullDisk(path, mode) if "w" in mode else open(path, mode)
+    def synchronize(descriptor):
+        if os.fstat(descriptor).st_size > 1000:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(nn, "open", open_on_full_disk, raising=False)
+    monkeypatch.setattr(os, "fsync", synchronize)
     with pytest.raises(OSError, match="No space left"):
         mnist.download_mnist(tmp_path, [good.url], patience=5)
     assert files_in(tmp_path) == {name: packed[name] for name in FILES[:2]}
@@ -401,18 +365,17 @@ def test_bytes_that_trickle_in_are_given_up_in_time(monkeypatch, serve, packed):
     assert len(sent) < 200
 
 
-CONTENT = b"content" * 20
+CONTENT = np.random.default_rng(0).bytes(25_000) * 2  # a repetition that lies far back
 PACKED = gzip.compress(CONTENT, mtime=0)
 NOT_THE_FILE = {
     "cut off": PACKED[: len(PACKED) // 2],
     "the last byte cut off": PACKED[:-1],
-    "its length cut off": PACKED[:-4],
     "its checksum cut off": PACKED[:-8],
     "another checksum": PACKED[:-8] + b"0000" + PACKED[-4:],
     "junk after it": PACKED + b"junk",
     "longer": gzip.compress(CONTENT + b"\0"),
     "shorter": gzip.compress(CONTENT[:-1]),
-    "other bytes": gzip.compress(CONTENT.swapcase()),
+    "other bytes": gzip.compress(CONTENT[::-1]),
     "nothing": b"",
     "a bomb": gzip.compress(bytes(30_000_000)),
 }
@@ -430,12 +393,6 @@ def test_verify_takes_the_right_bytes_only_and_unpacks_no_more(name, monkeypatch
             mnist.verify("f", NOT_THE_FILE[name])
 
     assert peak_memory(verify) < 10**6
-
-
-def test_verify_looks_far_back(monkeypatch):
-    far = np.random.default_rng(0).bytes(25_000) * 2
-    monkeypatch.setattr(mnist, "MNIST_FILES", {"far": (50_000, hashlib.sha256(far).hexdigest())})
-    mnist.verify("far", gzip.compress(far))
 
 
 @pytest.mark.parametrize(

@@ -34,21 +34,13 @@ def test_every_layer_gives_its_own_output(network):
     net, params = network
     outputs = dict(prediction.layer_outputs(net, params, X))
     assert list(outputs) == list(prediction.layers_of(net))
-    for name, shape in {
-        "conv1_1": (3, 20, 19),
-        "convact1_1": (3, 20, 19),
-        "conv1_2": (3, 20, 19),
-        "convact1_2": (3, 20, 19),
-        "pool1": (3, 6, 6),
-        "conv2_1": (4, 6, 6),
-        "convact2_1": (4, 6, 6),
-        "conv2_2": (4, 6, 6),
-        "convact2_2": (4, 6, 6),
-        "pool2": (4, 2, 2),
-        "flatten": (16,),
-        "out": (5,),
-    }.items():
-        assert outputs[name].shape[1:] == shape
+    shapes = {
+        "conv1_1": (3, 20, 19), "convact1_1": (3, 20, 19), "conv1_2": (3, 20, 19),
+        "convact1_2": (3, 20, 19), "pool1": (3, 6, 6), "conv2_1": (4, 6, 6),
+        "convact2_1": (4, 6, 6), "conv2_2": (4, 6, 6), "convact2_2": (4, 6, 6),
+        "pool2": (4, 2, 2), "flatten": (16,), "out": (5,),
+    }  # fmt: skip
+    assert {name: y.shape[1:] for name, y in outputs.items()} == shapes
     assert set(params["conv1_1"]) == {"W", "b"}
     np.testing.assert_array_equal(outputs["convact1_1"], np.tanh(outputs["conv1_1"]))
     pooled = outputs["convact1_2"][:, :, :18, :18].reshape(2, 3, 6, 3, 6, 3).mean(axis=(3, 5))
@@ -56,28 +48,17 @@ def test_every_layer_gives_its_own_output(network):
     np.testing.assert_array_equal(outputs["out"], net.forward(params, X)[0])
 
 
-def test_the_output_is_that_of_inference_however_many_images(network):
-    net, params = network
-    images = np.random.default_rng(0).normal(size=(501, 1, 9, 9)).astype(np.float32)
-    net = build_mlp(MLPOptions(hidden=(4,)), 3)  # with dropout and batch norm
-    params, _ = net.init(0, images.shape[1:])
-    output = prediction.predict(net, params, images)
-    np.testing.assert_allclose(output, net.forward(params, images)[0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(output[:250], prediction.predict(net, params, images[:250]))
-
-
 def test_where_it_began_not_to_be_finite(network):
     net, params = network
     assert prediction.first_not_finite(net, params, X) == "every output is finite"
-    broken = nn.tree_map(np.copy, params)
-    broken["conv2_1"]["b"][1] = np.nan
-    message = prediction.first_not_finite(net, broken, X)
-    assert message == "conv2_1/b is not finite, so its gradient was not"
-    huge = nn.tree_map(np.copy, params)
-    huge["conv2_2"]["W"][:] = 3e38
-    with np.errstate(all="ignore"):
-        message = prediction.first_not_finite(net, huge, X)
-    assert message == "the output of conv2_2 is not finite"
+    for name, entry, value, words in (
+        ("conv2_1", "b", np.nan, "conv2_1/b is not finite, so its gradient was not"),
+        ("conv2_2", "W", 3e38, "the output of conv2_2 is not finite"),
+    ):
+        broken = nn.tree_map(np.copy, params)
+        broken[name][entry][:] = value
+        with np.errstate(all="ignore"):
+            assert prediction.first_not_finite(net, broken, X) == words
 
 
 def test_the_summary_counts_the_parameters_of_the_fifth_report():

@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import graphlib
-import itertools
 import math
 import os
 import re
@@ -17,7 +16,8 @@ import train_cnn
 import train_mlp
 from training.checkpoints import read_run
 from training.choices import check_options
-from training.command_line import flag_of, new_parser, option_fields, parse
+from training.command_line import flag_of, new_parser, options_of, parse
+from training.prediction import layers_of
 from training.tests.conftest import (
     LAST_LINE,
     REPOSITORY,
@@ -81,9 +81,9 @@ def test_a_script_learns_color_images_of_any_size(start, options, layer, blob_fi
 
 def choices_of(record):
     """(flag, choice) of every option that takes one of several names."""
-    for known in option_fields(record):
-        for choice in known.metadata["argument"].get("choices", ()):
-            yield flag_of(known.name), choice
+    for name, about in options_of(record).items():
+        for choice in about.argument.get("choices", ()):
+            yield flag_of(name), choice
 
 
 @pytest.mark.parametrize(
@@ -121,32 +121,23 @@ def test_the_cnn_takes_all_its_options(arguments, blob_file, capsys):
 
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_the_networks_are_what_the_options_say(batch_norm):
-    options = train_mlp.MLPOptions(
-        hidden=(8, 4), input_dropout=0.1, dropout=0.2, activation="tanh", batch_norm=batch_norm
-    )
-    layers = train_mlp.build_mlp(options, 3).forward.keywords["layers"]
-    expected = ["flatten", "drop0"]
-    for number in "12":
-        norm = [f"norm{number}"] * batch_norm
-        expected += [f"hidden{number}", *norm, f"act{number}", f"drop{number}"]
-    assert list(layers) == [*expected, "out"]
-    params, shape = train_mlp.build_mlp(options, 3).init(0, (1, 2, 2))
-    assert shape == (3,)
-    assert [set(params[name]) for name in ("hidden1", "hidden2", "out")] == [
-        {"W"} if batch_norm else {"W", "b"},
-        {"W"} if batch_norm else {"W", "b"},
-        {"W", "b"},
-    ]
-    options = train_cnn.CNNOptions(channels=(3,), kernel=3, hidden=(), batch_norm=batch_norm)
-    params, _ = train_cnn.build_cnn(options, 5).init(0, (1, 6, 6))
-    assert params["conv1"]["W"].shape == (3, 1, 3, 3)
+    options = {"activation": "tanh", "batch_norm": batch_norm, "input_dropout": 0.1}
+    mlp = train_mlp.build_mlp(train_mlp.MLPOptions(hidden=(8, 4), **options), 3)
+    norms = [[f"norm{number}"] * batch_norm for number in (1, 2)]
+    expected = ["flatten", "drop0", "hidden1", *norms[0], "act1", "drop1"]
+    expected += ["hidden2", *norms[1], "act2", "drop2", "out"]
+    assert list(layers_of(mlp)) == expected
+    params, shape = mlp.init(0, (1, 2, 2))
+    assert (shape, "b" in params["hidden2"], "b" in params["out"]) == ((3,), not batch_norm, True)
+    cnn = train_cnn.build_cnn(train_cnn.CNNOptions(channels=(3,), kernel=3, **options), 5)
+    params, shape = cnn.init(0, (1, 6, 6))
+    assert (shape, params["conv1"]["W"].shape) == ((5,), (3, 1, 3, 3))
     assert ("convnorm1" in params, "b" in params["conv1"]) == (batch_norm, not batch_norm)
 
 
 def test_the_mlp_fits_a_curve(tmp_path, capsys):
-    quick = {"epochs": 12, "batch_size": 100, "report_every": 200}
-    arguments = itertools.chain(*([flag_of(name), str(v)] for name, v in quick.items()))
-    assert train_mlp.main(["--task", "sine", *arguments, "--out", str(tmp_path)]) == 0
+    quick = "--task sine --epochs 12 --batch-size 100 --report-every 200 --out"
+    assert train_mlp.main([*quick.split(), str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
         "y = sin x: 3,600 training, 400 validation and 1,000 test points; 5,251 parameters to train"
@@ -155,9 +146,8 @@ def test_the_mlp_fits_a_curve(tmp_path, capsys):
     assert float(last[1]) < 0.03
     params = nn.load(tmp_path / "model.npz")
     x = np.linspace(-math.pi / 2, math.pi / 2, 1002)[1:-1, None].astype(np.float32)
-    options = parse(
-        RECORDS["train_mlp.py"], new_parser(RECORDS["train_mlp.py"], ""), ["--task", "sine"]
-    )
+    record = train_mlp.MLPOptions
+    options = parse(record, new_parser(record, ""), ["--task", "sine"])
     output, _ = train_mlp.build_mlp(options, 1).forward(params, x)
     assert float(last[1]) == pytest.approx(np.abs(output - np.sin(x)).mean(), abs=1e-8)
 

@@ -123,13 +123,11 @@ def test_one_rank_that_is_asked_to_stop_stops_all():
 def test_ranks_with_other_data_or_options_are_found(shared_experiment):
     def check(own, change):
         experiment = shared_experiment._replace(team=Team(3, communicator=own))
-        if own.rank == 2:
-            experiment = change(experiment)
-        run.check_ranks_agree(experiment)
+        run.check_ranks_agree(change(experiment) if own.rank == 2 else experiment)
 
     def other_data(experiment):
-        data = experiment.data
-        return experiment._replace(data={**data, "x_train": data["x_train"] + 1})
+        changed = {"x_train": experiment.data["x_train"] + 1}
+        return experiment._replace(data={**experiment.data, **changed})
 
     def other_options(experiment):
         return experiment._replace(options=replace(experiment.options, lr=0.5))
