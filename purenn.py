@@ -617,7 +617,6 @@ class _Form:
         self.hint = hint  # for an x that lacks one axis
         self.entries = {name.rstrip("_"): axes.split() for name, axes in entries.items()}
         self.optional = {name.rstrip("_") for name in entries if name.endswith("_")}
-        self.known = frozenset(self.entries) | {"key"}
 
     def shape(self, layer: str, shape: Any) -> Shape:
         """The shape of one sample, checked: where `init` begins."""
@@ -627,33 +626,42 @@ class _Form:
             raise ValueError(f"{layer}: shape must be {_axes(*samples)}, got {shape}")
         return shape
 
-    def params(self, layer: str, params: Tree, x: Array, what: str = "x") -> tuple[Tree, Shape]:
-        """The params in the dtype of x, and the shape of y, once they and x are checked."""
-        if type(x) is not np.ndarray or x.dtype.char not in "fd":
-            _check_array(layer, what, x)
-        if not isinstance(params, dict) or not params.keys() <= self.known:
-            _check_names(layer, params, self.entries)
-        shapes: list[Shape | None] = []
-        for name in self.entries:
-            array = params.get(name)
-            if type(array) is not np.ndarray or array.dtype is not x.dtype:
-                if name in self.optional and name not in params:
-                    shapes.append(None)
-                    continue
-                array = _entry(layer, params, name, x.dtype)
-                params = {**params, name: array}
-            shapes.append(array.shape)
-        return params, _check_axes(self, layer, what, x.shape, tuple(shapes))
+    def checker(self, layer: str, what: str) -> Callable[[Any, Any], tuple[Tree, Shape]]:
+        """The function (params, x) -> (params in the dtype of x, shape of y), once they fit."""
+        # The shapes of one step come again in the next.
+        check_axes = lru_cache(maxsize=256)(partial(_check_axes, self, layer, what))
+        names = tuple(self.entries)
+
+        def check(params: Any, x: Any) -> tuple[Tree, Shape]:
+            if type(x) is not np.ndarray or x.dtype.char not in "fd":
+                _check_array(layer, what, x)
+            _check_dict(layer, "params", params)
+            dtype, shapes, unknown = x.dtype, [x.shape], len(params) - ("key" in params)
+            for name in names:
+                array = params.get(name)
+                if type(array) is not np.ndarray or array.dtype is not dtype:
+                    if name in self.optional and name not in params:
+                        shapes.append(None)
+                        continue
+                    array = _entry(layer, params, name, dtype)
+                    params = {**params, name: array}
+                shapes.append(array.shape)
+                unknown -= 1
+            if unknown:
+                _check_names(layer, params, self.entries)
+            return params, check_axes(*shapes)
+
+        return check
 
     def forward(self, function: _Function) -> _Function:
         """A decorator: function(params, x), checked and without NumPy's warnings."""
-        layer = function.__name__.removesuffix("_forward")
+        check = self.checker(function.__name__.removesuffix("_forward"), "x")
 
         @wraps(function)
         def forward(params: Tree, x: Array, **options: Any) -> Any:
             if not _QUIET.get():
                 return _call_quietly(forward, params, x, **options)
-            params, _ = self.params(layer, params, x)
+            params, _ = check(params, x)
             return function(params, x, **options)
 
         return cast(_Function, forward)
@@ -667,6 +675,7 @@ class _Form:
 
         def decorate(function: _Function) -> _Function:
             layer = function.__name__.removesuffix("_backward")
+            check = self.checker(layer, entries[0] if entries else "cache")
 
             @wraps(function)
             def backward(params: Tree, cache: Any, dy: Array, **options: Any) -> Any:
@@ -674,8 +683,8 @@ class _Form:
                     return _call_quietly(backward, params, cache, dy, **options)
                 if entries:
                     cache = _own_cache(layer, cache, entries)
-                x, what = (cache[entries[0]], entries[0]) if entries else (cache, "cache")
-                params, shape = self.params(layer, params, x, what)
+                x = cache[entries[0]] if entries else cache
+                params, shape = check(params, x)
                 if self.y != []:
                     dy = _gradient(layer, dy, shape, x.dtype)
                 return function(params, cache, dy, **options)
@@ -711,10 +720,7 @@ def _own_cache(where: str, cache: Any, entries: Sequence[str]) -> Tree:
     return {**cache, **{name: _entry(where, cache, name, dtype) for name in entries}}
 
 
-@lru_cache(maxsize=1024)  # the shapes of one step come again in the next
-def _check_axes(
-    form: _Form, layer: str, what: str, x: Shape, entries: tuple[Shape | None, ...]
-) -> Shape:
+def _check_axes(form: _Form, layer: str, what: str, x: Shape, *entries: Shape | None) -> Shape:
     """The shape of y; ValueError where shapes do not fit the form or each other."""
     bound = [(axes, sizes) for axes in form.x if (sizes := _bind(axes, x)) is not None]
     if not bound:
@@ -1854,9 +1860,9 @@ def _within(name: str, function: Callable[..., Any], *arguments: Any) -> tuple[A
 
 def _children(where: str, params: Tree, layers: dict[str, LayerLike]) -> Tree:
     """{name: params} of the children; while training, with a key each, folded from the parent's."""
-    _check_names(where, params, layers)
-    if "key" not in params:
+    if isinstance(params, dict) and params.keys() <= layers.keys():
         return params
+    _check_names(where, params, layers)
     parent = _key_array(params["key"])
     keys = np.empty((len(layers), len(parent) + 1), np.uint32)
     keys[:, :-1] = parent
