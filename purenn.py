@@ -4,7 +4,7 @@ A layer is a pair of pure functions over params, a dict of arrays:
 
     forward(params, x) -> (y, cache)        backward(params, cache, dy) -> (dx, grads)
 
-A network is a layer made of layers and has exactly the same two functions. An optimiser is a
+A network is a layer made of layers and has exactly the same two functions. An optimizer is a
 state transition, step(params, grads, state) -> (params, state). Nothing the caller can see is
 ever written to, the same arguments give the same bits, and the dtype of x is kept: float32 in,
 float32 out; float64 in, float64 out. What overflows becomes inf, without a warning.
@@ -215,8 +215,7 @@ def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
 
     All trees have the same names, else ValueError. Everything that is not a dict is a leaf.
     """
-    if not callable(f):
-        raise TypeError(f"tree_map: f must be a function, got {_kind(f)}")
+    _check_function("tree_map", "f", f)
     if not trees:
         raise TypeError("tree_map: expected at least one tree")
     if not any(isinstance(tree, dict) for tree in trees):
@@ -231,8 +230,7 @@ def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
 
 def _flatten(where: str, what: str, tree: Any) -> dict[str, Any]:
     """`tree_flatten`, with errors that say what the tree is."""
-    if not isinstance(tree, dict):
-        raise TypeError(f"{where}: {what} must be a dict, got {_kind(tree)}")
+    _check_dict(where, what, tree)
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if not isinstance(name, str):
@@ -267,14 +265,13 @@ def tree_unflatten(flat: dict[str, Any]) -> Tree:
 
     ValueError where one name is both a leaf and a branch, or nested deeper than 100.
     """
-    if not isinstance(flat, dict):
-        raise TypeError(f"tree_unflatten: flat must be a dict, got {_kind(flat)}")
+    _check_dict("tree_unflatten", "flat", flat)
     tree: Tree = {}
     for path, leaf in flat.items():
         if not isinstance(path, str):
             raise TypeError(f"tree_unflatten: names must be strings, got {path!r}")
         *branches, name = path.split("/")
-        if len(branches) > 100:  # what follows a tree from outside shall not run out of stack
+        if len(branches) > 100:  # so that no recursion over an untrusted tree overflows the stack
             raise ValueError(f"tree_unflatten: {path[:50]!r}... is nested deeper than 100")
         node = tree
         for branch in branches:
@@ -408,8 +405,7 @@ def training(params: Tree, key: Key) -> Tree:
     `sequential` and `residual` hand each child a key of its own; `dropout` draws its mask from
     it, and `batch_norm` takes the statistics of the batch. Params without a key mean inference.
     """
-    if not isinstance(params, dict):
-        raise TypeError(f"training: params must be a dict, got {_kind(params)}")
+    _check_dict("training", "params", params)
     return {**params, "key": _key_array(key)}
 
 
@@ -418,7 +414,7 @@ def _generator(key: Key) -> np.random.Generator:
 
 
 # ------------------------------------------------------------------------------------------------
-# Initialisers: (key, shape) -> array of float32
+# Initializers: (key, shape) -> array of float32
 # ------------------------------------------------------------------------------------------------
 
 Initializer = Callable[[Any, Shape], Array]
@@ -426,7 +422,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 def zeros(key: Key, shape: Shape) -> Array:
-    """0 everywhere."""
+    """All entries 0."""
     return np.zeros(_check_shape("zeros", shape), np.float32)
 
 
@@ -435,7 +431,7 @@ def _constant(key: Key, shape: Shape, *, value: float) -> Array:
 
 
 def constant(value: float) -> Initializer:
-    """`value` everywhere."""
+    """All entries `value`."""
     value = _number("constant", "value", value, minimum=-_LARGEST, maximum=_LARGEST)
     return partial(_constant, value=value)
 
@@ -2625,7 +2621,7 @@ def warmup(schedule: Rate, steps: int) -> Schedule:
 def reduce_on_plateau(
     state: Tree, loss: float, factor: float = 0.5, patience: int = 10, threshold: float = 1e-3
 ) -> Tree:
-    """An optimiser's state whose "scale" was multiplied by `factor` if the loss has settled.
+    """An optimizer's state whose "scale" was multiplied by `factor` if the loss has settled.
 
     That is after more than `patience` calls in a row in which the loss was not below
     best · (1 - threshold), as PyTorch's ReduceLROnPlateau counts them. The best loss and the
@@ -2633,7 +2629,7 @@ def reduce_on_plateau(
     """
     where = "reduce_on_plateau"
     if not isinstance(state, dict) or "scale" not in state:
-        raise ValueError(f"{where}: expected an optimiser's state, got {_names(state)}")
+        raise ValueError(f"{where}: expected an optimizer's state, got {_names(state)}")
     factor = _number(where, "factor", factor, minimum=0, maximum=1)
     patience = _whole(where, "patience", patience, 0)
     threshold = _number(where, "threshold", threshold, minimum=0, below=1)
@@ -2671,7 +2667,7 @@ class _Probe(NamedTuple):
     def output(self, positions: Any, change: Array | float) -> Array:
         moved = self.array.copy()
         moved.reshape(-1)[positions] += change
-        inputs = _replaced(self.inputs, self.path, moved)
+        inputs = _replace(self.inputs, self.path, moved)
         return self.layer.forward(inputs["params"], inputs["x"])[0]
 
     def slope(self, positions: Any, direction: Array | float, step: float) -> float:
@@ -2681,16 +2677,16 @@ class _Probe(NamedTuple):
         return float(((higher - lower) * self.r).sum()) / (2 * step)
 
 
-def _replaced(tree: Tree, path: str, leaf: Array) -> Tree:
+def _replace(tree: Tree, path: str, leaf: Array) -> Tree:
     name, _, rest = path.partition("/")
-    return {**tree, name: _replaced(tree[name], rest, leaf) if rest else leaf}
+    return {**tree, name: _replace(tree[name], rest, leaf) if rest else leaf}
 
 
 def _suspect(probe: _Probe, analytic: Array, direction: Array) -> int:
-    """The position found by halving: always the half whose slope along `direction` is wronger.
+    """A position that is probably wrong, found by bisection.
 
-    One wrong entry anywhere changes the slope along a direction that moves every entry, so that
-    it is found with few slopes, however many entries there are.
+    One wrong entry changes the slope along a direction that moves every entry; the half whose
+    slope is further off is searched next, so few slopes suffice, however many entries there are.
     """
 
     def error(positions: Array) -> float:
@@ -2710,7 +2706,7 @@ def _suspect(probe: _Probe, analytic: Array, direction: Array) -> int:
 
 
 def _compare(probe: _Probe, analytic: Array, y: Array, rtol: float, key: Key) -> None:
-    """AssertionError where the slope by backward is not that by differences."""
+    """AssertionError where backward and central differences disagree."""
     name = probe.path.replace("params/", "grads/") if probe.path != "x" else "dx"
     if analytic.shape != probe.array.shape:
         raise AssertionError(
@@ -2734,7 +2730,7 @@ def _compare(probe: _Probe, analytic: Array, y: Array, rtol: float, key: Key) ->
         finite = math.isfinite(flat[position])
         if finite and abs(slope - flat[position]) <= tolerance:
             continue
-        # At a kink, as relu has one at 0, everything between the two one-sided slopes is right.
+        # At a kink, such as relu's at 0, anything between the two one-sided slopes is right.
         right = float(((probe.output(position, step) - y) * probe.r).sum()) / step
         left = 2 * slope - right
         lower, upper = min(left, right) - tolerance, max(left, right) + tolerance
@@ -2753,7 +2749,7 @@ def _float64(leaf: Any) -> Any:
     if array.dtype.kind != "f":
         return leaf
     array = array.astype(np.float64)
-    array.flags.writeable = False  # so that a layer that writes to its input is found at that line
+    array.flags.writeable = False  # a layer that writes to its input fails at that very line
     return array
 
 
@@ -2768,24 +2764,25 @@ def _untrained(params: Any, cache: Any, path: str) -> set[str]:
 
 
 @_quiet
-def check_gradients(layer: Any, params: Any, x: Array, rtol: float = 1e-5, key: Key = 0) -> None:
+def check_gradients(
+    layer: Differentiable, params: Tree | None, x: Array, rtol: float = 1e-5, key: Key = 0
+) -> None:
     """Compare `backward` with central differences in float64, for dx and every entry of grads.
 
     `layer` is anything with forward(params, x) -> (y, cache) and backward(params, cache, dy) ->
     (dx, grads). What is compared is the gradient of Σ y · r, r random from `key`. An array of
-    many entries is sampled, and searched by halving for the entry that is most wrong. For
-    training mode give `training(params, key)`.
+    many entries is sampled, and searched by bisection for a wrong one. For training mode give
+    `training(params, key)`.
 
-    AssertionError names the entry, its index, and both values; also when a gradient has the
-    wrong shape, when y depends on an entry that grads lack, and for grads that params lack.
-    Where y has a kink, any slope between those of its two sides is accepted.
+    AssertionError names the entry, its index and both values; it is also raised when a gradient
+    has the wrong shape, when y depends on an entry that grads lack, and for grads that params
+    lack. Where y has a kink, any slope between those of its two sides is accepted.
     """
     rtol = _number("check_gradients", "rtol", rtol, above=0, below=math.inf)
     _check_layer("check_gradients", "layer", layer, ("forward", "backward"))
     _check_numbers("check_gradients", "x", x)
     params = {} if params is None else params
-    if not isinstance(params, dict):
-        raise TypeError(f"check_gradients: params must be a dict, got {_kind(params)}")
+    _check_dict("check_gradients", "params", params)
     inputs = tree_map(_float64, {"params": params, "x": x})
     y, cache = layer.forward(inputs["params"], inputs["x"])
     if not isinstance(y, np.ndarray) or y.dtype != np.float64:
@@ -2814,23 +2811,27 @@ def check_gradients(layer: Any, params: Any, x: Array, rtol: float = 1e-5, key: 
 # ------------------------------------------------------------------------------------------------
 
 
+Loss = Callable[[Array, Array], tuple[float, Array]]
+ValueAndGrad = Callable[[Tree, Array, Array], tuple[float, Tree, Any]]
+
+
 @_quiet
 def _value_and_grad(
-    params: Tree, x: Array, target: Array, *, net: Any, loss: Callable[..., Any]
+    params: Tree, x: Array, target: Array, *, net: Differentiable, loss: Loss
 ) -> tuple[float, Tree, Any]:
     prediction, cache = net.forward(params, x)
     value, dprediction = loss(prediction, target)
     return value, _without_dx(net.backward, params, cache, dprediction)[1], cache
 
 
-def value_and_grad(net: Any, loss: Callable[..., Any]) -> Callable[..., tuple[float, Tree, Any]]:
+def value_and_grad(net: Differentiable, loss: Loss) -> ValueAndGrad:
     """The pure function (params, x, target) -> (loss, grads, cache) of a network and a loss.
 
-    `cache` is that of the forward pass, for `update_statistics`.
+    grads are those of the params alone: dx is not computed. `cache` is that of the forward pass,
+    for `update_statistics`. TypeError for what is not a network or not a function.
     """
     _check_layer("value_and_grad", "net", net, ("forward", "backward"))
-    if not callable(loss):
-        raise TypeError(f"value_and_grad: loss must be a function, got {_kind(loss)}")
+    _check_function("value_and_grad", "loss", loss)
     return partial(_value_and_grad, net=net, loss=loss)
 
 
@@ -2846,12 +2847,12 @@ def _only_statistics(cache: Any) -> Tree:
     return {name: value for name, value in found.items() if value}
 
 
-def _shard(
-    part: tuple[float, Tree, Array, Array], *, gradients: Callable[..., Any]
+def _shard_gradients(
+    part: tuple[float, Tree, Array, Array], *, gradients: ValueAndGrad
 ) -> tuple[float, Tree, Tree]:
     """The loss, grads and statistics of one part, times its share of the batch."""
-    share, *arguments = part
-    loss, grads, cache = gradients(*arguments)
+    share, params, x, target = part
+    loss, grads, cache = gradients(params, x, target)
     times = partial(_times, factor=share)
     return share * loss, tree_map(times, grads), tree_map(times, _only_statistics(cache))
 
@@ -2861,12 +2862,11 @@ def _data_parallel(
     x: Array,
     target: Array,
     *,
-    gradients: Callable[..., Any],
+    gradients: ValueAndGrad,
     shards: int,
-    mapped: Callable[..., Any],
+    map_parts: Callable[..., Any],
 ) -> tuple[float, Tree, Tree]:
-    if not isinstance(params, dict):
-        raise TypeError(f"data_parallel: params must be a dict, got {_kind(params)}")
+    _check_dict("data_parallel", "params", params)
     for name, array in (("x", x), ("target", target)):
         if not _is_array(array) or not array.ndim:
             raise TypeError(f"data_parallel: {name} must be an array (N, ...), got {_kind(array)}")
@@ -2879,7 +2879,7 @@ def _data_parallel(
         key = {"key": fold_key(params["key"], shard)} if "key" in params else {}
         share = (stop - start) / max(len(x), 1)
         parts.append((share, {**params, **key}, x[start:stop], target[start:stop]))
-    results = list(mapped(partial(_shard, gradients=gradients), parts))
+    results = list(map_parts(partial(_shard_gradients, gradients=gradients), parts))
     if len(results) != count:
         raise ValueError(f"data_parallel: map gave {len(results)} results of {count} parts")
     losses, grads, statistics = zip(*results, strict=True)
@@ -2887,28 +2887,28 @@ def _data_parallel(
 
 
 def data_parallel(
-    value_and_grad: Callable[..., Any],
+    value_and_grad: ValueAndGrad,
     shards: int,
-    map: Callable[..., Any] = map,  # noqa: A002 (it takes the built-in one's place)
-) -> Callable[..., tuple[float, Tree, Tree]]:
+    map: Callable[..., Iterable[Any]] = map,  # noqa: A002 (it stands in for the built-in)
+) -> ValueAndGrad:
     """The same function (params, x, target) -> (loss, grads, cache), computed in parts.
 
-    The batch is cut into `shards` equal parts. `map` computes them: the built-in one after the
-    other, `ThreadPoolExecutor(2).map` at once; the result depends on `shards` alone. Loss, grads
-    and what the cache lists under "statistics" are means over the parts, weighted by their sizes
-    and added in their order; nothing else of the cache remains. Each part has a key of its own,
-    and batch norm normalises each part by itself. ValueError where x and target differ in length.
+    The batch is cut into `shards` equal parts. `map` computes them: the built-in one by one,
+    `ThreadPoolExecutor(2).map` in parallel; the result depends on `shards` alone. Loss, grads and
+    what the cache lists under "statistics" are means over the parts, weighted by their sizes and
+    added in order; nothing else of the cache remains. Each part has a key of its own, and batch
+    norm normalizes each part by itself. ValueError where x and target differ in length.
     """
     if not callable(value_and_grad) or not callable(map):
         raise TypeError("data_parallel: value_and_grad and map must be functions")
     shards = _whole("data_parallel", "shards", shards, 1)
-    return partial(_data_parallel, gradients=value_and_grad, shards=shards, mapped=map)
+    return partial(_data_parallel, gradients=value_and_grad, shards=shards, map_parts=map)
 
 
 def accuracy(logits: Array, labels: Array) -> float:
-    """The share of samples whose largest logit is their label's: logits (N, K), labels (N,).
+    """The fraction of samples (N,) whose largest logit, of (N, K), is that of their label.
 
-    A sample with a logit that is nan is not right. Of equal logits the first one counts.
+    A sample with a nan among its logits counts as wrong. Of equal logits the first one counts.
     """
     _check_prediction("accuracy", "logits", logits, axes=2)
     _check_labels("accuracy", labels, *logits.shape)
@@ -2940,7 +2940,7 @@ def _spline(length: int, knots: int) -> Array:
     return np.where(near < 1, 2 / 3 - near**2 + near**3 / 2, np.maximum(2 - near, 0) ** 3 / 6)
 
 
-def _sampled(images: Array, rows: Array, columns: Array) -> Array:
+def _sample(images: Array, rows: Array, columns: Array) -> Array:
     """images (N, C, H, W) at the points (N, Ho, Wo), bilinear; zero outside."""
     N, C, H, W = images.shape
     padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)))
@@ -2967,12 +2967,13 @@ def augment(
     stretch: float = 0.1,
     elastic: float = 0.0,
 ) -> Array:
-    """Every image (N, C, H, W) moved, turned, scaled and stretched by chance, bilinearly.
+    """Every image (N, C, H, W) randomly shifted, rotated, scaled and stretched, bilinearly.
 
-    Uniform in their ranges: the shift along each axis in ±`shift` pixels, the angle in ±`rotation`
-    degrees, the size in 1 ± `scale`, height to width in 1 ± `stretch`. `elastic` is the standard
-    deviation in pixels of a smooth displacement (cubic B-splines through a knot every 7 pixels;
-    after Simard et al. 2003). What comes in from outside is zero. All of it is drawn from the key.
+    Drawn from `key`, uniformly: the shift along each axis within ±`shift` pixels, the angle within
+    ±`rotation` degrees, the size within 1 ± `scale`, the aspect ratio within 1 ± `stretch`.
+    `elastic` is the standard deviation in pixels of a smooth displacement (cubic B-splines with a
+    knot every 7 pixels; after Simard et al. 2003). Pixels from outside the image are zero.
+    ValueError for an option outside its range or images that are not (N, C, H, W).
     """
     _check_array("augment", "images", images)
     if images.ndim != 4 or 0 in images.shape[1:]:
@@ -3001,14 +3002,14 @@ def augment(
         # At a pixel the squares of a line's splines add up to 0.48 on average.
         bend = (elastic / 0.48) * (down @ knots @ across.T).astype(np.float32)
         y, x = y + bend[0], x + bend[1]
-    return _sampled(images, y, x)
+    return _sample(images, y, x)
 
 
 # ------------------------------------------------------------------------------------------------
 # Not pure: files and memory
 # ------------------------------------------------------------------------------------------------
 
-# Modules that only one of these needs are imported in it: `import purenn` stays quick.
+# Modules that only one of these functions needs are imported there, so `import purenn` is quick.
 
 
 def _path(where: str, path: Any) -> str:
@@ -3019,11 +3020,11 @@ def _path(where: str, path: Any) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of `path` once it is completely on the disk.
+    """A binary file to write to, which replaces `path` once all of it is on the disk.
 
-    `with replacing("results.csv") as file: file.write(b"...")`. It is written beside `path` as
-    `path`.PID.tmp, flushed, synchronised and renamed: at every moment there is either the old file
-    or the new one, whole. After an error in between it is the old one. OSError as from `open`.
+    `with replacing("results.csv") as file: file.write(b"...")`. It is written as `path`.PID.tmp,
+    flushed, synced and renamed, so that there is always either the whole old file or the whole new
+    one; after an error, the old one. OSError as from `open`.
     """
     path = _path("replacing", path)
     temporary = f"{path}.{os.getpid()}.tmp"
@@ -3057,6 +3058,8 @@ def save(path: Path, tree: Tree) -> None:
     import zipfile
 
     path, flat = _path("save", path), _arrays("save", "tree", tree)
+    if "key" in tree:
+        raise ValueError("save: the tree has a key; save the params without, not training(...)")
     for name in flat:
         if "\0" in name or len(name.encode()) > 65_000:
             raise ValueError(f"save: a name must be short and without NUL, got {name[:50]!r}")
@@ -3068,8 +3071,8 @@ def save(path: Path, tree: Tree) -> None:
 
 
 @contextlib.contextmanager
-def _blaming(path: str) -> Iterator[None]:
-    """Whatever goes wrong while a file is read is said of it in one line, as a ValueError."""
+def _blame_file(path: str) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into a ValueError of one line with its path."""
     try:
         yield
     except (FileNotFoundError, PermissionError):
@@ -3080,14 +3083,14 @@ def _blaming(path: str) -> Iterator[None]:
 
 
 def _open(path: str) -> IO[bytes]:
-    """The file, open for reading. A folder is refused, and what may have no end: pipes, devices."""
+    """The file, open for reading; folders, pipes and devices are refused: some have no end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("it is not a file")
     return open(path, "rb")
 
 
 def _read_array(file: IO[bytes], dtype: np.dtype, shape: Shape, order: Any) -> Array:
-    """The array that is the rest of a file; takes no more memory than that really has."""
+    """The array in the rest of a file, read without allocating more than the file holds."""
     size = math.prod(shape) * dtype.itemsize
     data = bytearray()
     while piece := file.read(min(size + 1 - len(data), 1 << 20)):  # to the end, where checksums are
@@ -3105,9 +3108,9 @@ _NPY_HEADER = re.compile(
 
 
 def _read_npy(member: IO[bytes], size: int) -> Array:
-    """The array in a .npy file of `size` bytes, whose header is not trusted.
+    """The array in an untrusted .npy file of `size` bytes.
 
-    So it is not parsed as Python, as NumPy does: little text can take a lot of stack and memory.
+    NumPy parses the header as Python, and a short text can then take a lot of stack and memory.
     """
     version = np.lib.format.read_magic(member)
     if version not in ((1, 0), (2, 0)):
@@ -3116,7 +3119,7 @@ def _read_npy(member: IO[bytes], size: int) -> Array:
     text = member.read(min(length, 10_000))
     header = _NPY_HEADER.fullmatch(text)
     if not header or len(text) != length:
-        raise ValueError("its header is not that of an array of numbers")
+        raise ValueError("its header does not describe an array of numbers")
     dtype = np.dtype(header[1].decode())
     shape = tuple(map(int, re.findall(rb"\d+", header[3])))
     if math.prod(shape) * dtype.itemsize != size - member.tell():
@@ -3127,7 +3130,7 @@ def _read_npy(member: IO[bytes], size: int) -> Array:
 def read_npz(path: Path, *, ratio: float = 1) -> dict[str, Array]:
     """{name: array} of a .npz file that unpacks to at most `ratio` times its size.
 
-    ValueError (with the path) for a damaged, truncated or untrusted file that is not one; no code
+    ValueError (with the path) for a file that is not one, damaged, truncated or malicious; no code
     in it is ever run. FileNotFoundError where there is none.
     """
     import zipfile
@@ -3135,7 +3138,7 @@ def read_npz(path: Path, *, ratio: float = 1) -> dict[str, Array]:
     path = _path("read_npz", path)
     ratio = _number("read_npz", "ratio", ratio, minimum=1, below=math.inf)
     arrays: dict[str, Array] = {}
-    with _blaming(path), _open(path) as file, zipfile.ZipFile(file) as archive:
+    with _blame_file(path), _open(path) as file, zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if archive.comment.startswith(b"purenn ") and archive.comment != _digest(archive):
             raise ValueError("its list of contents is damaged")
@@ -3146,7 +3149,7 @@ def read_npz(path: Path, *, ratio: float = 1) -> dict[str, Array]:
             if not name or ending != "npy" or name in arrays:
                 raise ValueError(f"unexpected member {info.filename!r}")
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"{info.filename!r} is packed in a way that no array is")
+                raise ValueError(f"{info.filename!r} has an unsupported compression")
             with archive.open(info) as member:
                 arrays[name] = _read_npy(member, info.file_size)
     return arrays
@@ -3155,12 +3158,12 @@ def read_npz(path: Path, *, ratio: float = 1) -> dict[str, Array]:
 def load(path: Path) -> Tree:
     """The tree of arrays that `save` wrote.
 
-    ValueError (with the path) for a damaged, truncated or hostile file; no code in it is ever
+    ValueError (with the path) for a damaged, truncated or malicious file; no code in it is ever
     run. FileNotFoundError where there is none.
     """
     path = _path("load", path)
     arrays = read_npz(path)
-    with _blaming(path):
+    with _blame_file(path):
         return tree_unflatten(arrays)
 
 
