@@ -2231,11 +2231,15 @@ class _Rule(NamedTuple):
     decoupled: bool = False  # weight decay shrinks the entry instead of adding to its gradient
 
 
-def _optimizer(rule: _Rule) -> Optimizer:
-    """An optimizer of a rule, once its options are checked."""
-    for name, option in rule.options.items():
+def _check_options(where: str, **options: Any) -> Tree:
+    """The options of an optimizer, checked; lr and momentum may be schedules."""
+    for name, option in options.items():
         if not (name in ("lr", "momentum") and callable(option)):
-            rule.options[name] = _number(rule.name, name, option, **_OPTIONS[name])
+            options[name] = _number(where, name, option, **_OPTIONS[name])
+    return options
+
+
+def _optimizer(rule: _Rule) -> Optimizer:
     return Optimizer(partial(_init_state, rule=rule), partial(_take_step, rule=rule))
 
 
@@ -2345,12 +2349,6 @@ def _sgd_update(
     return change, {"velocity": velocity}
 
 
-def _momentum(where: str, momentum: Rate) -> Rate:
-    if callable(momentum):
-        return momentum
-    return _number(where, "momentum", momentum, **_BELOW_1)
-
-
 def sgd(
     lr: Rate, momentum: Rate = 0.0, nesterov: bool = False, weight_decay: float = 0.0
 ) -> Optimizer:
@@ -2361,12 +2359,11 @@ def sgd(
     outside [0, 1) or a negative rate or decay.
     """
     _check_bool("sgd", "nesterov", nesterov)
-    momentum = _momentum("sgd", momentum)
-    if nesterov and not momentum:
+    options = _check_options("sgd", lr=lr, momentum=momentum, weight_decay=weight_decay)
+    if nesterov and not options["momentum"]:
         raise ValueError("sgd: nesterov needs a momentum above 0")
-    options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     update = partial(_sgd_update, nesterov=nesterov)
-    return _optimizer(_Rule("sgd", update, ["velocity"] if momentum else [], options))
+    return _optimizer(_Rule("sgd", update, ["velocity"] if options["momentum"] else [], options))
 
 
 def _adam_update(
@@ -2404,13 +2401,9 @@ def adam(
     weight_decay · p. As PyTorch's Adam (Kingma and Ba 2015). ValueError for a beta outside
     [0, 1), an eps that is not positive, a negative rate or decay.
     """
-    options = {
-        "lr": lr,
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": eps,
-        "weight_decay": weight_decay,
-    }
+    options = _check_options(
+        "adam", lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay
+    )
     return _optimizer(_Rule("adam", _adam_update, ["m", "v", "count"], options))
 
 
@@ -2425,13 +2418,9 @@ def adamw(
 
     As PyTorch's AdamW (Loshchilov and Hutter 2019). Errors as `adam`.
     """
-    options = {
-        "lr": lr,
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": eps,
-        "weight_decay": weight_decay,
-    }
+    options = _check_options(
+        "adamw", lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay
+    )
     return _optimizer(_Rule("adamw", _adam_update, ["m", "v", "count"], options, decoupled=True))
 
 
@@ -2459,10 +2448,10 @@ def rmsprop(
     Hinton 2012). ValueError for a decay or momentum outside [0, 1), an eps that is not positive,
     a negative rate.
     """
-    momentum = _momentum("rmsprop", momentum)
-    remembers = ["square_average", "velocity"] if momentum else ["square_average"]
-    options = {"lr": lr, "decay": decay, "eps": eps, "momentum": momentum}
-    options["weight_decay"] = weight_decay
+    options = _check_options(
+        "rmsprop", lr=lr, decay=decay, eps=eps, momentum=momentum, weight_decay=weight_decay
+    )
+    remembers = ["square_average", *(["velocity"] if options["momentum"] else [])]
     return _optimizer(_Rule("rmsprop", _rmsprop_update, remembers, options))
 
 
@@ -2479,7 +2468,7 @@ def adagrad(lr: Rate = 0.01, eps: float = 1e-10, weight_decay: float = 0.0) -> O
     As PyTorch's Adagrad (Duchi et al. 2011). ValueError for an eps that is not positive, a
     negative rate or decay.
     """
-    options = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+    options = _check_options("adagrad", lr=lr, eps=eps, weight_decay=weight_decay)
     return _optimizer(_Rule("adagrad", _adagrad_update, ["square_sum"], options))
 
 
@@ -2501,7 +2490,7 @@ def adadelta(
     u <- decay · u + (1 - decay) d²; g includes weight_decay · p. As PyTorch's Adadelta (Zeiler
     2012). ValueError for a decay outside [0, 1), an eps that is not positive, a negative rate.
     """
-    options = {"lr": lr, "decay": decay, "eps": eps, "weight_decay": weight_decay}
+    options = _check_options("adadelta", lr=lr, decay=decay, eps=eps, weight_decay=weight_decay)
     remembers = ["square_average", "change_average"]
     return _optimizer(_Rule("adadelta", _adadelta_update, remembers, options))
 
