@@ -720,7 +720,7 @@ def _check_axes(form: _Form, layer: str, what: str, x: Shape, *entries: Shape | 
     """The shape of y; ValueError where shapes do not fit the form or each other."""
     bound = [(axes, sizes) for axes in form.x if (sizes := _bind(axes, x)) is not None]
     if not bound:
-        hint = form.hint if len(x) == 3 else ""
+        hint = "; only N may be empty" if 0 in x[1:] else form.hint if len(x) == 3 else ""
         raise ValueError(f"{layer}: {what} must be {_axes(*form.x)}, got shape {x}{hint}")
     axes, sizes = bound[0]
     owners = dict.fromkeys(sizes, what)
