@@ -626,16 +626,17 @@ class _Form:
         """The function (params, x) -> (params in the dtype of x, shape of y), once they fit."""
         # The shapes of one step come again in the next.
         check_axes = lru_cache(maxsize=256)(partial(_check_axes, self, layer, what))
-        names = tuple(self.entries)
+        names, ndarray = tuple(self.entries), np.ndarray
 
         def check(params: Any, x: Any) -> tuple[Tree, Shape]:
-            if type(x) is not np.ndarray or x.dtype.char not in "fd":
+            if type(x) is not ndarray or x.dtype.char not in "fd":
                 _check_array(layer, what, x)
-            _check_dict(layer, "params", params)
+            if type(params) is not dict:
+                _check_dict(layer, "params", params)
             dtype, shapes, unknown = x.dtype, [x.shape], len(params) - ("key" in params)
             for name in names:
                 array = params.get(name)
-                if type(array) is not np.ndarray or array.dtype is not dtype:
+                if type(array) is not ndarray or array.dtype is not dtype:
                     if name in self.optional and name not in params:
                         shapes.append(None)
                         continue
@@ -657,8 +658,7 @@ class _Form:
         def forward(params: Tree, x: Array, **options: Any) -> Any:
             if not _QUIET.get():
                 return _call_quietly(forward, params, x, **options)
-            params, _ = check(params, x)
-            return function(params, x, **options)
+            return function(check(params, x)[0], x, **options)
 
         return cast(_Function, forward)
 
