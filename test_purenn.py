@@ -675,13 +675,6 @@ def test_a_mapped_file_is_an_array(tmp_path):
 # --- dropout ---
 
 
-def test_dropout_at_inference_is_the_identity():
-    x = np.ones((3, 4), np.float32)
-    y, cache = nn.dropout(0.9).forward({}, x)
-    np.testing.assert_array_equal(y, x)
-    np.testing.assert_array_equal(nn.dropout(0.9).backward({}, cache, 3 * x)[0], 3 * x)
-
-
 @given(rate=st.sampled_from([0.0, 0.1, 0.5, 0.75]), seed=st.integers(0, 10**6))
 def test_dropout_drops_its_share_and_scales_the_rest(rate, seed):
     x = np.full((100, 100), 3.0)
@@ -691,6 +684,9 @@ def test_dropout_drops_its_share_and_scales_the_rest(rate, seed):
     assert abs(kept.mean() - (1 - rate)) <= 5 * math.sqrt(rate * (1 - rate) / x.size)
     dx, _ = nn.dropout(rate).backward({}, cache, 2 * x)
     np.testing.assert_allclose(dx, np.where(kept, 6 / (1 - rate), 0))
+    at_inference, cache = nn.dropout(rate).forward({}, x)
+    assert at_inference is x
+    np.testing.assert_array_equal(nn.dropout(rate).backward({}, cache, 2 * x)[0], 2 * x)
 
 
 def test_dropout_of_nothing_drops_nothing_even_where_a_0_is_drawn():
@@ -1468,17 +1464,16 @@ def test_training_adds_a_key_to_a_copy():
 def test_the_key_of_a_child_decides_its_numbers():
     one, two = nn.fold_key((3, 4), 0), nn.fold_key((3, 4), 1)
     assert not np.array_equal(nn.uniform(1.0)(one, (4,)), nn.uniform(1.0)(two, (4,)))
-    rate, x = 0.5, np.ones((20, 20))
-    net = nn.sequential(nn.relu(), drop=nn.dropout(rate))
+    net, x = nn.sequential(nn.relu(), drop=nn.dropout(0.5)), np.ones((20, 20))
     _, cache = net.forward(nn.training({}, (3, 4)), x)
-    _, alone = nn.dropout(rate).forward({"key": two}, x)
+    _, alone = nn.dropout(0.5).forward({"key": two}, x)
     np.testing.assert_array_equal(cache["drop"]["mask"], alone["mask"])
 
 
-FANS = [((300, 200), 300, 200), ((40, 30, 5, 4), 600, 800), ((50, 60, 9), 540, 450)]
-
-
-@pytest.mark.parametrize(("shape", "fan_in", "fan_out"), FANS)
+@pytest.mark.parametrize(
+    ("shape", "fan_in", "fan_out"),
+    [((300, 200), 300, 200), ((40, 30, 5, 4), 600, 800), ((50, 60, 9), 540, 450)],
+)
 def test_initializers_have_the_moments_that_their_fans_ask_for(shape, fan_in, fan_out):
     spreads = {
         nn.xavier_normal: math.sqrt(2 / (fan_in + fan_out)),
@@ -1656,15 +1651,9 @@ def test_norms_and_clipping(seed, limit):
     np.testing.assert_allclose(whole, [0.6, 0.8])
     half = nn.clip_gradients({"a": np.array([3, 4], np.float16)}, 1.0)["a"]
     assert half.dtype == np.float16
-
-
-@pytest.mark.parametrize(
-    "helper", [lambda g: nn.clip_gradients(g, 0.1), lambda g: nn.tree_add(g, g)]
-)
-def test_gradients_without_axes_stay_arrays(helper):
-    params = {"scale": np.array(3.0, np.float32)}
-    optimizer = nn.sgd(0.1)
-    optimizer.step(params, helper(params), optimizer.init(params))
+    scale = {"scale": np.array(3.0, np.float32)}  # arrays without axes stay arrays
+    for result in (nn.clip_gradients(scale, 0.1), nn.tree_add(scale, scale)):
+        assert type(result["scale"]) is np.ndarray
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2250,43 +2239,24 @@ def test_a_right_pair_of_a_stranger_passes():
     nn.check_gradients(Stranger(dx=lambda dx: dx * 1.001), params, x, rtol=1e-2)
 
 
-NUMBER = r"-?[\d.]+"
+BY_BOTH = r"is -?[\d.]+ by backward, but -?[\d.]+ by central differences$"
 WRONG_GRADIENTS = {  # name: (what is done to the gradients, size of W, what is said)
-    "sign": ({"b": np.negative}, (3, 3), rf"grads/b\[0\] is {NUMBER} by backward, but {NUMBER} by"),
-    "factor": (
-        {"W": lambda W: W / 4},
-        (3, 3),
-        r"grads/W\[0, 0\] is .* by backward, but .* by central",
-    ),
+    "sign": ({"b": np.negative}, (3, 3), rf"grads/b\[0\] {BY_BOTH}"),
+    "factor": ({"W": lambda W: W / 4}, (3, 3), rf"grads/W\[0, 0\] {BY_BOTH}"),
     "transposed": ({"W": np.transpose}, (3, 3), r"grads/W\[0, 1\] is"),
-    "high": (
-        {"W": np.transpose},
-        (2, 3),
-        r"grads/W has shape \(3, 2\), but what it is .* has \(2, 3\)",
-    ),
-    "wide": (
-        {"W": np.transpose},
-        (3, 2),
-        r"grads/W has shape \(2, 3\), but what it is .* has \(3, 2\)",
-    ),
+    "high": ({"W": np.transpose}, (2, 3), r"grads/W has shape \(3, 2\), but .* has \(2, 3\)"),
+    "wide": ({"W": np.transpose}, (3, 2), r"grads/W has shape \(2, 3\), but .* has \(3, 2\)"),
     "zero": ({"b": np.zeros_like}, (3, 3), r"grads/b\[0\] is 0 by backward"),
     "missing": ({"b": lambda b: None}, (3, 3), r"grads/b\[0\] is 0 by backward"),
     "dx": ({"dx": lambda dx: dx * 1.001}, (3, 3), r"dx\[0, 0\] is"),
-    "unknown": ({"c": lambda nothing: np.ones(3)}, (3, 3), r"grads have 'c', but params do not"),
+    "unknown": ({"c": lambda _: np.ones(3)}, (3, 3), r"grads have 'c', but params do not"),
     "one of many": ({"W": plus(1e-3, 123, 45)}, (400, 300), r"grads/W\[123, 45\] is"),
     "one of dx": ({"dx": plus(0.5, 2, 29)}, (50, 3), r"dx\[2, 29\] is"),
-    **{
-        str(value): ({"b": plus(value, 1)}, (3, 3), rf"grads/b\[1\] is {value}")
-        for value in (math.nan, math.inf, -math.inf)
-    },
-    **{
-        f"{value} of many": (
-            {"W": plus(value, 123, 45)},
-            (400, 300),
-            rf"grads/W\[123, 45\] is {value}",
-        )
-        for value in (math.nan, math.inf)
-    },
+    "nan": ({"b": plus(math.nan, 1)}, (3, 3), r"grads/b\[1\] is nan"),
+    "inf": ({"b": plus(math.inf, 1)}, (3, 3), r"grads/b\[1\] is inf"),
+    "-inf": ({"b": plus(-math.inf, 1)}, (3, 3), r"grads/b\[1\] is -inf"),
+    "nan of many": ({"W": plus(math.nan, 123, 45)}, (400, 300), r"grads/W\[123, 45\] is nan"),
+    "inf of many": ({"W": plus(math.inf, 123, 45)}, (400, 300), r"grads/W\[123, 45\] is inf"),
 }
 
 
@@ -3445,15 +3415,6 @@ def called(function, arguments):
     return function(**named)
 
 
-def check_refusal(function, arguments, parameter, bad, kind, words):
-    """A wrong argument is refused in one line with these words at its start."""
-    with pytest.raises((TypeError, ValueError)) as refusal:
-        called(function, {**arguments, parameter: bad})
-    assert type(refusal.value) is kind, (parameter, bad, refusal.value)
-    assert re.match(words, str(refusal.value)), (parameter, bad, refusal.value, words)
-    assert "\n" not in str(refusal.value)
-
-
 @pytest.mark.parametrize("name", EVERY_FUNCTION)
 def test_every_argument_is_refused_if_it_is_wrong(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -3471,7 +3432,11 @@ def test_every_argument_is_refused_if_it_is_wrong(name, tmp_path, monkeypatch):
         for bad, kind, words in rows:
             words = f"{said} {words}" if words.startswith("must") else words
             words = words[1:] if words.startswith("^") else f"{where}: {words}"
-            check_refusal(function, right, parameter, bad, kind, rf"(\w+: )*{words}")
+            with pytest.raises((TypeError, ValueError)) as refusal:
+                called(function, {**right, parameter: bad})
+            assert type(refusal.value) is kind, (parameter, bad, refusal.value)
+            one_line = re.fullmatch(rf"(\w+: )*{words}.*", str(refusal.value))
+            assert one_line, (parameter, bad, refusal.value, words)
 
 
 def test_every_row_about_a_parameter_is_used():
@@ -3633,6 +3598,7 @@ def test_every_argument_of_a_layer_is_refused_if_it_is_wrong(name, data):
 LINEAR, CONV = nn.linear(9), nn.conv2d(4, 3, groups=2)
 FEATURES = {"gamma": (3,), "beta": (3,)}
 CHANNELS = {**FEATURES, "mean": (3,), "var": (3,)}
+EMPTY = "; only N may be empty"
 DOES_NOT_FIT = [  # (layer, shape of x, shapes of its params, what is said after its name)
     (LINEAR, (2, 100), {"W": (784, 10)}, "x has 100 features, but W takes 784"),
     (LINEAR, (4, 3, 5), {"W": (3, 2)}, "x has 5 features, but W takes 3"),
@@ -3641,13 +3607,14 @@ DOES_NOT_FIT = [  # (layer, shape of x, shapes of its params, what is said after
     (LINEAR, (2, 4), {"W": (4,)}, "W must be (in, out), got shape (4,)"),
     (LINEAR, (2, 4), {"W": (4, 3, 2)}, "W must be (in, out), got shape (4, 3, 2)"),
     (LINEAR, (4,), {"W": (4, 3)}, "x must be (N, ..., in), got shape (4,)"),
-    (LINEAR, (2, 4), {"W": (4, 3), "V": ()}, "params have unknown entries ['V'], expected ['W', 'b']"),
+    (LINEAR, (2, 4), {"W": (4, 3), "V": ()},
+     "params have unknown entries ['V'], expected ['W', 'b']"),
     (LINEAR, (2, 4), {}, "there is no entry 'W' in []"),
     (nn.flatten(), (), {}, "x must be (N, ...), got shape ()"),
     (nn.softmax(), (4,), {}, "x must be (N, ..., classes), got shape (4,)"),
-    (nn.log_softmax(), (2, 3, 0), {}, "x must be (N, ..., classes), got shape (2, 3, 0)"),
+    (nn.log_softmax(), (2, 3, 0), {}, "x must be (N, ..., classes), got shape (2, 3, 0)" + EMPTY),
     (nn.layer_norm(), (4,), FEATURES, "x must be (N, ..., in), got shape (4,)"),
-    (nn.layer_norm(), (2, 3, 0), FEATURES, "x must be (N, ..., in), got shape (2, 3, 0)"),
+    (nn.layer_norm(), (2, 3, 0), FEATURES, "x must be (N, ..., in), got shape (2, 3, 0)" + EMPTY),
     *(
         (layer, (2, 3), {**entries, name: (size,)}, f"x has 3 {what}, but {name} takes {size}")
         for layer, entries, what in [
@@ -3683,8 +3650,8 @@ DOES_NOT_FIT = [  # (layer, shape of x, shapes of its params, what is said after
             ((2, 5, 5), "; a single image needs x[None], gray images need x[:, None]"),
             ((1, 2), ""),
             ((1, 1, 2, 5, 5), ""),
-            ((1, 2, 0, 5), ""),
-            ((1, 2, 5, 0), ""),
+            ((1, 2, 0, 5), EMPTY),
+            ((1, 2, 5, 0), EMPTY),
         ]
     ),
     *(
