@@ -1,13 +1,13 @@
-"""Feeds the file readers with broken files until they do what they must not do.
+"""Feeds the file readers with broken files until one does what it must not do.
 
     python -m venv /tmp/fuzz && /tmp/fuzz/bin/pip install numpy pillow atheris==3.0.0
     /tmp/fuzz/bin/python .ci/fuzz.py load --runs 400000 [--seed 1] [--out runs/fuzz]
 
-What is read, `load`, `idx`, `dataset` or `images`, is the first argument. Atheris makes the files,
-from good ones and guided by the lines that they reach; a mutator that knows the formats puts the
-checksums right again, so that more than the first check is tried. A file must be read as what it
-is or refused, by a ValueError of one line with its path, without a warning, within a second and
-with little more memory than it has itself. Files for which that does not hold are kept in --out.
+The first argument is the reader: `load`, `idx`, `dataset` or `images`. Atheris makes the files from
+valid ones, guided by the lines that they reach; mutators that know the formats repair the
+checksums, so that files get past the first check. A file must be read as what it is, or refused
+with a ValueError of one line that begins with its path; without a warning, within a second, and
+with memory in proportion to its size. Files that break this are kept in --out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from typing import Any
 import atheris
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-with atheris.instrument_imports(include=["purenn", "train_mlp", "zipfile", "gzip", "PIL"]):
+with atheris.instrument_imports(include=["purenn", "training", "zipfile", "gzip", "PIL"]):
     import gzip
     import zipfile
 
@@ -44,11 +44,12 @@ with atheris.instrument_imports(include=["purenn", "train_mlp", "zipfile", "gzip
     import PIL.Image
 
     import purenn as nn
-    import train_mlp
+    from training.datasets import read_dataset, read_idx
+    from training.images import read_image_folders
 
 SLOW = 1.0  # seconds
 
-# --- good files ---
+# --- valid files ---
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -62,7 +63,7 @@ def npz(members: list[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> b
     """A zip file."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", method) as archive, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # duplicate names are meant
+        warnings.simplefilter("ignore")  # duplicate names are intended
         for name, content in members:
             archive.writestr(zipfile.ZipInfo(name), content, method)
     return file.getvalue()
@@ -73,8 +74,8 @@ def idx(array: np.ndarray, code: int = 8) -> bytes:
     return struct.pack(f">4B{array.ndim}I", 0, 0, code, array.ndim, *array.shape) + array.tobytes()
 
 
-def good_models() -> list[bytes]:
-    """Files of `save`."""
+def valid_models() -> list[bytes]:
+    """Files that `save` or NumPy writes."""
     path = tempfile.mktemp()
     trees: list[nn.Tree] = [{}, {"a": np.arange(3.0)}]
     trees.append({"net": {"W": np.ones((2, 3), ">f4").T, "key": np.array(5, np.uint64)}})
@@ -87,14 +88,14 @@ def good_models() -> list[bytes]:
     return [*files, npz([("a.npy", npy(np.ones(3)))], zipfile.ZIP_DEFLATED)]
 
 
-def good_arrays() -> list[bytes]:
-    """IDX files, packed and not."""
+def valid_arrays() -> list[bytes]:
+    """IDX files, compressed or not."""
     files = [idx(np.arange(6, dtype=np.uint8).reshape(2, 3)), idx(np.ones(2, ">f8"), 14), b""]
     files += [idx(np.ones((2, 1, 2), ">i2"), 11), idx(np.ones(4, np.uint8).reshape(1, 2, 2, 1))]
     return files + [gzip.compress(file) for file in files] + [gzip.compress(files[0]) * 2]
 
 
-def good_sets() -> list[bytes]:
+def valid_datasets() -> list[bytes]:
     """Keras-style archives."""
     files = []
     for shape, kind in (((3, 2, 2), "u1"), ((3, 2, 2, 3), "f8"), ((3, 1, 2, 2), "?")):
@@ -105,8 +106,8 @@ def good_sets() -> list[bytes]:
     return files
 
 
-def good_images() -> list[bytes]:
-    """Image files of all formats and modes."""
+def valid_images() -> list[bytes]:
+    """Image files in many formats and modes."""
     files = []
     noise = PIL.Image.effect_noise((9, 7), 50)
     for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "EPS", "PCX", "TGA"):
@@ -134,7 +135,7 @@ NAMES = ["a", "x_train", "y_test", "a/b", "a//b", "", "/", "..", "a\n", "ä", "a
 
 
 def odd_npy(chance: random.Random, content: bytes) -> bytes:
-    """A .npy file with another header."""
+    """A .npy file with a random header."""
     shape = "".join(f"{chance.choice(SIZES)}," for _ in range(chance.choice([0, 1, 1, 2, 3, 4])))
     order = chance.choice(["True", "False", "False", "0"])
     header = (
@@ -149,8 +150,8 @@ def odd_npy(chance: random.Random, content: bytes) -> bytes:
     return b"\x93NUMPY" + start + packed + text + content[128:]
 
 
-def mutate_archive(data: bytes, room: int, chance: random.Random, good: list[bytes]) -> bytes:
-    """A zip file whose members were changed before it was packed, or that was changed itself."""
+def mutate_archive(data: bytes, room: int, chance: random.Random, valid: list[bytes]) -> bytes:
+    """A zip file: its members changed before they are packed, or its own bytes changed."""
     if chance.random() < 0.25:
         return atheris.Mutate(data, room)
     try:
@@ -158,7 +159,7 @@ def mutate_archive(data: bytes, room: int, chance: random.Random, good: list[byt
             members = [(m.filename, archive.open(m).read(100_000)) for m in archive.infolist()]
             comment = archive.comment
     except Exception:
-        return chance.choice(good)
+        return chance.choice(valid)
     for _ in range(chance.choice([0, 1, 1, 2])):
         at = chance.randrange(len(members) + 1)
         name, content = members[at] if at < len(members) else ("new.npy", npy(np.ones(1)))
@@ -178,19 +179,19 @@ def mutate_archive(data: bytes, room: int, chance: random.Random, good: list[byt
         with zipfile.ZipFile(io.BytesIO(changed)) as archive:
             comment = nn._digest(archive)
         changed[-2:] = struct.pack("<H", len(comment)) + comment
-    for _ in range(chance.choice([0, 0, 1, 1, 2])):  # lies in the lists of contents
+    for _ in range(chance.choice([0, 0, 1, 1, 2])):  # wrong numbers in the headers
         starts = [match.start() for match in re.finditer(b"PK", changed)] or [0]
         at = chance.choice(starts) + chance.randrange(46)
         if at + 4 <= len(changed):
-            lie = chance.choice([0, 1, 2**16 - 1, 2**31, 2**32 - 1, chance.randrange(2**32)])
-            struct.pack_into("<I", changed, at, lie)
+            number = chance.choice([0, 1, 2**16 - 1, 2**31, 2**32 - 1, chance.randrange(2**32)])
+            struct.pack_into("<I", changed, at, number)
     return bytes(chance.choice([0, 0, 0, 9, 5_000])) + bytes(changed)
 
 
-def mutate_idx(data: bytes, room: int, chance: random.Random, good: list[bytes]) -> bytes:
-    """An IDX file that was changed before it was packed, or after it."""
+def mutate_idx(data: bytes, room: int, chance: random.Random, valid: list[bytes]) -> bytes:
+    """An IDX file: changed before it is compressed, or after."""
     if not data or chance.random() < 0.1:
-        return chance.choice(good)
+        return chance.choice(valid)
     if data[:2] != b"\x1f\x8b":
         data = atheris.Mutate(data, room)
         if chance.random() < 0.2:
@@ -203,16 +204,16 @@ def mutate_idx(data: bytes, room: int, chance: random.Random, good: list[bytes])
         parts.append(unpacker.decompress(data, 10_000_000))
     content = atheris.Mutate((parts or [b""])[0][:room], room)
     content += bytes(chance.choice([0, 0, 0, 0, 0, 0, 1_000, 1_100_000]))
-    if chance.random() < 0.3 and len(content) >= 8:  # as long as it says
+    if chance.random() < 0.3 and len(content) >= 8:  # the header's size is right
         content = content[:2] + b"\x08\1" + struct.pack(">I", len(content) - 8) + content[8:]
     packed = gzip.compress(content, 1, mtime=0)
     return packed * chance.choice([1, 1, 1, 2, 300]) + bytes(chance.choice([0, 0, 99]))
 
 
-def mutate_image(data: bytes, room: int, chance: random.Random, good: list[bytes]) -> bytes:
-    """An image; if it is a PNG, with the right checksums and sometimes with other sizes."""
+def mutate_image(data: bytes, room: int, chance: random.Random, valid: list[bytes]) -> bytes:
+    """An image; if it is a PNG, with correct checksums and sometimes with other sizes."""
     if chance.random() < 0.05:
-        return chance.choice(good)
+        return chance.choice(valid)
     data = atheris.Mutate(data, room)
     if data[:4] != b"\x89PNG" or chance.random() < 0.1:
         return data
@@ -231,24 +232,24 @@ def mutate_image(data: bytes, room: int, chance: random.Random, good: list[bytes
 
 # --- what must hold ---
 
-# {target: (reader, good files, mutator, name, memory in times the file's size and in bytes more)}
+# {target: (reader, valid files, mutator, file name, memory: times the file's size, and bytes more)}
 TARGETS: dict[str, tuple[Any, Any, Any, str, int, int]] = {
-    "load": (nn.load, good_models, mutate_archive, "model.npz", 20, 2_000_000),
-    "idx": (nn.read_idx, good_arrays, mutate_idx, "file-idx", 400, 3_000_000),
-    "dataset": (nn.read_dataset, good_sets, mutate_archive, "data.npz", 1000, 2_000_000),
+    "load": (nn.load, valid_models, mutate_archive, "model.npz", 20, 2_000_000),
+    "idx": (read_idx, valid_arrays, mutate_idx, "file-idx", 400, 3_000_000),
+    "dataset": (read_dataset, valid_datasets, mutate_archive, "data.npz", 1000, 2_000_000),
     "images": (
-        lambda path: train_mlp.read_image_folders(os.path.dirname(os.path.dirname(path)), None),
-        *(good_images, mutate_image, "class/image.png", 1_000, 30_000_000),
+        lambda path: read_image_folders(os.path.dirname(os.path.dirname(path)), None),
+        *(valid_images, mutate_image, "class/image.png", 1_000, 30_000_000),
     ),
 }
 
 
 class Fuzzer:
-    """Reads one file after the other and keeps those with which something is wrong."""
+    """Has one file after the other read, and keeps those that reveal a problem."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.read, good, self.mutator, name, *self.memory = TARGETS[options.target]
-        self.options, self.files = options, good()
+        self.read, valid, self.mutator, name, *self.memory = TARGETS[options.target]
+        self.options, self.files = options, valid()
         self.folder = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
         self.path = os.path.join(self.folder, name)
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
@@ -258,14 +259,14 @@ class Fuzzer:
         self.warned: list[str] = []
         self.started = time.monotonic()
         warnings.simplefilter("always")
-        warnings.showwarning = lambda message, *_: self.warned.append(repr(message))  # type: ignore
+        warnings.showwarning = lambda message, *_: self.warned.append(repr(message))
 
     def mutate(self, data: bytes, room: int, seed: int) -> bytes:
-        """Another file; what libFuzzer asks for."""
+        """The next file, when libFuzzer asks for one."""
         return self.mutator(data, room, random.Random(seed), self.files)[:room]
 
     def try_one(self, data: bytes) -> None:
-        """Read one file."""
+        """Have one file read."""
         with open(self.path, "wb") as file:
             file.write(data)
         self.counts["files"] += 1
@@ -273,7 +274,7 @@ class Fuzzer:
         measured = self.counts["files"] % 50 == 0
         if measured:
             tracemalloc.start()
-        problem, seconds = self.problem(data), self.seconds
+        problem, seconds = self.find_problem(data), self.seconds
         if measured:
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
@@ -282,9 +283,9 @@ class Fuzzer:
             if peak > limit:
                 problem = f"{peak} bytes of memory for {len(data)} in the file"
         else:
-            for _ in range(3):  # something else may have kept the machine busy
+            for _ in range(3):  # another process may have slowed it down
                 if seconds > SLOW:
-                    self.problem(data)
+                    self.find_problem(data)
                     seconds = min(seconds, self.seconds)
             self.slowest = max(self.slowest, seconds)
             if seconds > SLOW:
@@ -292,8 +293,8 @@ class Fuzzer:
         if problem or self.warned:
             self.keep(problem or f"warns {self.warned[0]}", data)
 
-    def problem(self, data: bytes) -> str:
-        """What is wrong with the outcome, if anything."""
+    def find_problem(self, data: bytes) -> str:
+        """What is wrong with the result, "" if nothing is."""
         started = time.perf_counter()
         try:
             result = self.read(self.path)
@@ -313,16 +314,17 @@ class Fuzzer:
         self.counts["read"] += 1
         leaves = [result] if isinstance(result, np.ndarray) else nn.tree_flatten(result).values()
         if not all(type(x) is np.ndarray and x.dtype.kind in "biufU" for x in leaves):
-            return "gives something else than arrays of numbers"
+            return "returns something other than arrays of numbers"
         if sum(x.nbytes for x in leaves) > self.memory[0] * len(data) + self.memory[1]:
-            return "gives more than the file can hold"
+            return "returns more than the file can hold"
         compared = self.options.target == "load" and self.counts["files"] % 4 == 0
-        return self.against_numpy(result) if compared else ""
+        return self.compare_with_numpy(result) if compared else ""
 
-    def against_numpy(self, tree: nn.Tree) -> str:
-        """Whether NumPy reads something else."""
+    def compare_with_numpy(self, tree: nn.Tree) -> str:
+        """What NumPy reads differently, "" if nothing."""
         try:
-            with np.lib.npyio.NpzFile(self.path, allow_pickle=False) as archive:
+            with open(self.path, "rb") as file:
+                archive = np.lib.npyio.NpzFile(file, allow_pickle=False)
                 arrays = {name: archive[name] for name in archive.files}
         except Exception as error:
             return f"NumPy does not read it: {type(error).__name__}"
@@ -334,10 +336,10 @@ class Fuzzer:
             and x.tobytes() == arrays[name].astype(x.dtype).tobytes()
             for name, x in flat.items()
         )
-        return "" if same else "NumPy reads something else"
+        return "" if same else "NumPy reads other arrays"
 
     def keep(self, problem: str, data: bytes) -> None:
-        """Count a finding, and save the first file of its kind."""
+        """Count a finding, and save the first file of each kind."""
         kind = re.sub(r"\d+", "N", problem.replace(self.folder, ""))
         self.found[kind] = self.found.get(kind, 0) + 1
         if self.found[kind] == 1:
@@ -347,7 +349,7 @@ class Fuzzer:
             print(f"FOUND ({name}): {problem}", flush=True)
 
     def report(self) -> None:
-        """The counts, at the end."""
+        """Print the counts, at the end."""
         shutil.rmtree(self.folder)
         seconds = time.monotonic() - self.started
         print(

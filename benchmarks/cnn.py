@@ -1,9 +1,9 @@
-"""The training step and the single image of two CNNs, against PyTorch and an im2col in NumPy.
+"""A training step and a single image of two CNNs, against PyTorch and an im2col in NumPy.
 
     python benchmarks/cnn.py [--rounds 15] [--threads 2] [--levers] [--quick]
 
 Both networks take 28x28 images; float32, SGD with momentum. Ratios are to PyTorch eager in the
-better of its two memory formats.
+faster of its two memory formats.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from collections.abc import Callable
 from typing import Any
 
 from common import (
-    REPOSITORY,
-    Neighbours,
+    Neighbors,
     Worker,
     has_torch,
     header,
+    import_purenn,
     purenn_step,
     serve,
     table,
     take_turns,
+    thread_variables,
     torch_forward,
     torch_step,
 )
@@ -48,11 +49,12 @@ ENGINES = {
     "workers": "purenn, 2 workers",
     "im2col": "NumPy, im2col",
 }
-LEVERS = {  # the same step with other settings, for --levers
+TORCH = {"torch", "last"}
+LEVERS = {  # the same step with one setting changed, for --levers
     "purenn": "as it is",
     "workers": "2 workers",
     "single": "1 BLAS thread",
-    "returned": "freed memory handed back",
+    "returned": "no keep_freed_memory()",
     "haswell": "OPENBLAS_CORETYPE=Haswell",
     "skylakex": "OPENBLAS_CORETYPE=SkylakeX",
 }
@@ -75,7 +77,7 @@ def batch_of(case: str) -> tuple[Any, Any]:
 
 
 def network(nn: Any, case: str, conv2d: Callable, max_pool2d: Callable) -> Any:
-    """The network of a case, from purenn's layers but for these two."""
+    """The network of a case, from these two layers and others of purenn."""
     layers = []
     if case.startswith("5x5"):
         for channels in (16, 32):
@@ -94,13 +96,8 @@ def network(nn: Any, case: str, conv2d: Callable, max_pool2d: Callable) -> Any:
 def purenn_case(
     case: str, workers: int = 1, im2col: bool = False, keep_memory: bool = True
 ) -> Callable[[], object]:
-    """A step with value_and_grad; with workers, each computes its part of the batch."""
-    sys.path.insert(0, str(REPOSITORY))
-    import purenn as nn
-
-    if not keep_memory:
-        nn._keep_freed_memory = lambda: None
-
+    """A step with value_and_grad; of several workers, each computes a shard of the batch."""
+    nn = import_purenn(keep_memory=keep_memory)
     x, labels = batch_of(case)
     convolutions = peer_layers(nn) if im2col else (nn.conv2d, nn.max_pool2d)
     net = network(nn, case, *convolutions)
@@ -146,7 +143,7 @@ def torch_case(case: str, channels_last: bool = False) -> Callable[[], object]:
     return torch_step(net, optimizer, x, target)
 
 
-# The well-known formulation: every window becomes a row of a matrix, kh·kw copies of the image.
+# The textbook formulation: every window becomes a row of a matrix, kh·kw copies of the image.
 
 
 def im2col(x: Any, size: int, padding: int) -> Any:
@@ -164,7 +161,7 @@ def im2col(x: Any, size: int, padding: int) -> Any:
 
 
 def col2im(columns: Any, shape: tuple[int, ...], size: int, padding: int) -> Any:
-    """The sum of what every window says of each pixel: the adjoint of im2col."""
+    """For each pixel, the sum over the windows that hold it: the adjoint of im2col."""
     import numpy as np
 
     N, C, H, W = shape
@@ -181,7 +178,7 @@ def peer_layers(nn: Any) -> tuple[Callable, Callable]:
     """conv2d by im2col, and max_pool2d by a reshaped view (N, C, H/2, 2, W/2, 2)."""
     import numpy as np
 
-    def conv2d(out: int, size: int, padding: int = 0, bias: bool = True) -> Any:
+    def conv2d(out: int, size: int, *, padding: int = 0, bias: bool = True) -> Any:
         def forward(params: Any, x: Any) -> Any:
             W = params["W"].reshape(out, -1)
             columns = im2col(x, size, padding)
@@ -240,11 +237,11 @@ def resident(name: str) -> float:
 
 
 def growth(engine: str, case: str) -> float:
-    """By how many MB five steps raise the peak memory of this process."""
-    if engine in ("torch", "last"):
+    """How many MB five steps add to the peak memory of this process."""
+    if engine in TORCH:
         import torch
 
-        torch.zeros(1)  # its own start is not counted, nor is NumPy's
+        torch.zeros(1)  # the start of the library is not counted
     else:
         import numpy as np
 
@@ -256,12 +253,42 @@ def growth(engine: str, case: str) -> float:
     return resident("VmHWM") - before
 
 
+def time_table(
+    times: dict[tuple[str, str], float], names: dict[str, str], engines: list[str]
+) -> str:
+    """Milliseconds of every case, and ratios to PyTorch, or to the first engine without it."""
+    references = {engine for engine in engines if engine in TORCH} or {engines[0]}
+    rows = []
+    for case, label in LABELS.items():
+        best = min(times[engine, case] for engine in references)
+        cells = [label]
+        for engine in engines:
+            ratio = "" if engine in references else f" ({times[engine, case] / best:.2f})"
+            cells.append(f"{times[engine, case] * 1e3:.2f}{ratio}")
+        rows.append(cells)
+    return table(["milliseconds (ratio)", *(names[engine] for engine in engines)], rows)
+
+
+def memory_table(names: dict[str, str], environments: dict[str, dict[str, str]]) -> str:
+    """What `growth` returns in a new process for every case and engine."""
+    rows = []
+    for case, label in LABELS.items():
+        cells = [label]
+        for engine, environment in environments.items():
+            command = [sys.executable, __file__, "--worker", f"{engine}:{case}"]
+            variables = {**os.environ, **environment}
+            result = subprocess.run(command, env=variables, capture_output=True, check=True)
+            cells.append(f"{float(result.stdout):.0f}")
+        rows.append(cells)
+    return table(["MB at the peak", *(names[engine] for engine in environments)], rows)
+
+
 def main() -> None:
-    """Let the engines take turns and print the tables."""
+    """Have the engines take turns, and print the tables."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=15, help="turns of each engine (default 15)")
-    parser.add_argument("--threads", type=int, default=2, help="of BLAS and PyTorch (default 2)")
+    parser.add_argument("--threads", type=int, default=2, help="of BLAS and of PyTorch (default 2)")
     parser.add_argument("--quick", action="store_true", help="3 short turns, for a first look")
     parser.add_argument("--engines", help=f"some of {','.join(ENGINES)}; default all")
     parser.add_argument("--levers", action="store_true", help="purenn alone, with other settings")
@@ -277,46 +304,21 @@ def main() -> None:
     repeats = {
         case: max(count // 4, 1) if options.quick else count for case, count in STEPS.items()
     }
-    neighbours = Neighbours()
-    threads = {f"{pool}_NUM_THREADS": str(options.threads) for pool in ("OMP", "MKL", "OPENBLAS")}
+    neighbors, threads = Neighbors(), thread_variables(options.threads)
     names = LEVERS if options.levers else ENGINES
     chosen = options.engines.split(",") if options.engines else list(names)
-    torches = {"torch", "last"}
-    with_torch = bool(torches & set(chosen)) and has_torch()
+    if TORCH & set(chosen) and not has_torch():
+        chosen = [engine for engine in chosen if engine not in TORCH]
     engines = [engine for engine in names if engine in chosen]
-    engines = [engine for engine in engines if with_torch or engine not in torches]
-    workers = {
-        engine: Worker(__file__, engine, {**threads, **SETTINGS.get(engine, {})})
-        for engine in engines
-    }
+    environments = {engine: {**threads, **SETTINGS.get(engine, {})} for engine in engines}
+    workers = {engine: Worker(__file__, engine, environments[engine]) for engine in engines}
     times = take_turns(workers, repeats, rounds)
     for worker in workers.values():
         worker.close()
-    rows = []
-    for case, label in LABELS.items():
-        others = torches if with_torch else {engines[0]}
-        best = min(times[engine, case] for engine in engines if engine in others)
-        cells = [label]
-        for engine in engines:
-            ratio = "" if engine in others else f" ({times[engine, case] / best:.2f})"
-            cells.append(f"{times[engine, case] * 1e3:.2f}{ratio}")
-        rows.append(cells)
     print(f"{header()}, {options.threads} threads, medians of {rounds} turns\n")
-    print(table(["milliseconds (ratio)", *(names[engine] for engine in engines)], rows))
-    print(f"\n{neighbours.report()}")
-    if not os.path.exists("/proc/self/status"):
-        return
-    rows = []
-    for case, label in LABELS.items():
-        cells = [label]
-        for engine in engines:
-            command = [sys.executable, __file__, "--worker", f"{engine}:{case}"]
-            environment = {**os.environ, **threads, **SETTINGS.get(engine, {})}
-            result = subprocess.run(command, env=environment, capture_output=True, check=True)
-            cells.append(f"{float(result.stdout):.0f}")
-        rows.append(cells)
-    print()
-    print(table(["MB at the peak", *(names[engine] for engine in engines)], rows))
+    print(f"{time_table(times, names, engines)}\n\n{neighbors.report()}")
+    if os.path.exists("/proc/self/status"):
+        print(f"\n{memory_table(names, environments)}")
 
 
 if __name__ == "__main__":

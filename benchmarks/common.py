@@ -1,4 +1,4 @@
-"""What the benchmarks share: the header of a report, workers that take turns, tables."""
+"""What the benchmarks share: the header of a report, engines that take turns, tables."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ from typing import Any
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 
+def import_purenn(*, keep_memory: bool = True) -> Any:
+    """purenn, in a process that keeps freed memory unless told otherwise."""
+    sys.path.insert(0, str(REPOSITORY))
+    import purenn
+
+    if keep_memory:
+        purenn.keep_freed_memory()
+    return purenn
+
+
 def cpu() -> str:
     """The processor's name and the number of cores that this process may use."""
     names = []
@@ -28,7 +38,7 @@ def cpu() -> str:
 
 
 def version(package: str) -> str:
-    """The installed version of a package, or that it is missing."""
+    """The installed version of a package."""
     import importlib.metadata
 
     try:
@@ -38,7 +48,7 @@ def version(package: str) -> str:
 
 
 def blas() -> str:
-    """The BLAS that NumPy was built with, and its kernels where the environment chooses them."""
+    """The BLAS that NumPy was built with, and the kernels that the environment selects."""
     import numpy as np
 
     config: Any = np.show_config(mode="dicts")
@@ -49,15 +59,15 @@ def blas() -> str:
 
 
 def header() -> str:
-    """Date, machine, versions: what figures are worth nothing without."""
+    """Date, machine and versions: numbers mean nothing without them."""
     return (
         f"{datetime.date.today()}, {cpu()}, Python {platform.python_version()},"
         f" {version('numpy')}, {version('torch')}, {blas()}"
     )
 
 
-class Neighbours:
-    """How much of the machine other processes use; None where there is no /proc/stat."""
+class Neighbors:
+    """How much of the machine other processes use, where there is a /proc/stat."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -65,7 +75,7 @@ class Neighbours:
 
     @staticmethod
     def _foreign_seconds() -> float | None:
-        """CPU seconds of all processes but this one and those of its children that have ended."""
+        """CPU seconds of all processes except this one and its children that have ended."""
         if not os.path.exists("/proc/stat"):
             return None
         fields = pathlib.Path("/proc/stat").read_text().split()[1:9]
@@ -74,18 +84,18 @@ class Neighbours:
         return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
     def report(self) -> str:
-        """One sentence; to be called once the children have ended."""
+        """One sentence; call it once the children have ended."""
         now = self._foreign_seconds()
         if now is None or self.before is None:
-            return "The load of other processes is not known here."
+            return "The load of other processes is unknown here."
         capacity = (time.perf_counter() - self.started) * (os.cpu_count() or 1)
         share = max(0.0, (now - self.before) / capacity)
-        advice = "; above 5 % the times mean little, run it again" if share > 0.05 else ""
-        return f"Other processes used {share:.0%} of the machine meanwhile{advice}."
+        advice = "; above 5 % the times mean little: run it again" if share > 0.05 else ""
+        return f"Other processes used {share:.0%} of the machine during the run{advice}."
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown, its columns aligned."""
+    """A Markdown table with aligned columns."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     lines = [head, ["-" * width for width in widths], *rows]
     return "\n".join(
@@ -95,7 +105,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def has_torch() -> bool:
-    """Whether PyTorch can be imported; says how to get it if not."""
+    """Whether PyTorch can be imported; prints how to install it if not."""
     import importlib.util
 
     if importlib.util.find_spec("torch") is None:
@@ -106,10 +116,10 @@ def has_torch() -> bool:
 
 
 class Worker:
-    """A process of this script that measures one engine whenever it is asked to.
+    """A process of the script that measures one engine on request.
 
-    Each engine has a process of its own, so that the thread pools of one do not disturb another;
-    they take turns, so that a noisy neighbour disturbs all alike.
+    Each engine has a process of its own, so that its thread pools do not disturb another's; they
+    take turns, so that a noisy neighbor disturbs all alike.
     """
 
     def __init__(
@@ -124,7 +134,7 @@ class Worker:
         )
 
     def measure(self, case: str, repeats: int) -> float:
-        """Seconds for one call of a case, the mean of `repeats` calls in a row."""
+        """Seconds per call of a case, the mean of `repeats` calls in a row."""
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.write(f"{case}|{repeats}\n")
@@ -139,7 +149,7 @@ class Worker:
 
 
 def serve(cases: Callable[[str], Callable[[], object]]) -> None:
-    """The worker's side: `cases(name)` makes the function to be timed."""
+    """The worker's side: `cases(name)` makes the function to time."""
     functions: dict[str, Callable[[], object]] = {}
     for line in sys.stdin:
         case, repeats = line.strip().split("|")
@@ -149,22 +159,27 @@ def serve(cases: Callable[[str], Callable[[], object]]) -> None:
                 functions[case]()
         function = functions[case]
         for _ in range(5):
-            function()  # wakes this process's threads and fills the caches again
+            function()  # wakes the threads of this process and refills the caches
         started = time.perf_counter()
         for _ in range(int(repeats)):
             function()
         print((time.perf_counter() - started) / int(repeats), flush=True)
 
 
+def thread_variables(count: int) -> dict[str, str]:
+    """The environment in which BLAS and PyTorch have this number of threads."""
+    return {f"{pool}_NUM_THREADS": str(count) for pool in ("OMP", "MKL", "OPENBLAS")}
+
+
 def take_turns(
     workers: dict[str, Worker], cases: dict[str, int], rounds: int
 ) -> dict[tuple[str, str], float]:
-    """{(engine, case): median seconds}, every engine measured once a round."""
+    """{(engine, case): median seconds}; every engine is measured once a round."""
     seconds: dict[tuple[str, str], list[float]] = {}
     for _ in range(rounds):
         for case, repeats in cases.items():
             for engine, worker in workers.items():
-                time.sleep(0.15)  # until the threads of the one before have stopped spinning
+                time.sleep(0.15)  # until the previous engine's threads have stopped spinning
                 seconds.setdefault((engine, case), []).append(worker.measure(case, repeats))
     return {key: statistics.median(values) for key, values in seconds.items()}
 
@@ -172,7 +187,7 @@ def take_turns(
 def purenn_step(
     nn: Any, net: Any, shape: tuple[int, ...], gradients: Callable, optimizer: Any, batch: Any
 ) -> Callable[[], object]:
-    """One training step as the README writes it, on the same batch (x, labels) again and again."""
+    """A training step as the README writes it, always on the same batch (x, labels)."""
     params, _ = net.init(0, shape)
     now = {"params": params, "state": optimizer.init(params)}
     steps = itertools.count()
@@ -187,7 +202,7 @@ def purenn_step(
 
 
 def torch_step(net: Any, optimizer: Any, images: Any, target: Any) -> Callable[[], object]:
-    """One training step as PyTorch's own tutorials write it."""
+    """A training step as PyTorch's own tutorials write it."""
     import torch
 
     loss_function = torch.nn.CrossEntropyLoss()
@@ -203,7 +218,7 @@ def torch_step(net: Any, optimizer: Any, images: Any, target: Any) -> Callable[[
 
 
 def torch_forward(net: Any, images: Any) -> Callable[[], object]:
-    """The forward pass at inference."""
+    """A forward pass at inference."""
     import torch
 
     net.eval()

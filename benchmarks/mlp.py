@@ -1,4 +1,4 @@
-"""The training step and the single forward pass of an MLP, against PyTorch and the bare products.
+"""A training step and a single forward pass of an MLP, against PyTorch and the bare products.
 
     python benchmarks/mlp.py [--rounds 15] [--threads 2] [--quick]
 
@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from common import (
-    REPOSITORY,
-    Neighbours,
+    Neighbors,
     Worker,
     has_torch,
     header,
+    import_purenn,
     purenn_step,
     serve,
     table,
     take_turns,
+    thread_variables,
     torch_forward,
     torch_step,
 )
@@ -47,12 +47,12 @@ ENGINES = {
     "purenn": "purenn",
     "lines": "purenn, five lines",
     "products": "matrix products alone",
-    "numpy": "products and optimiser in place",
+    "numpy": "products and optimizer in place",
 }
 
 
 def batch_of(case: str) -> tuple[Any, Any, str]:
-    """(images, labels, name of the optimiser) of a case like "64 sgd"."""
+    """(images, labels, name of the optimizer) of a case like "64 sgd"."""
     import numpy as np
 
     size, _, optimizer = case.partition(" ")
@@ -62,10 +62,8 @@ def batch_of(case: str) -> tuple[Any, Any, str]:
 
 
 def purenn_case(case: str, five_lines: bool = False) -> Callable[[], object]:
-    """With value_and_grad, or in the five lines of the design, with dx of the data as well."""
-    sys.path.insert(0, str(REPOSITORY))
-    import purenn as nn
-
+    """With value_and_grad; or written out in five lines, which also compute dx of the data."""
+    nn = import_purenn()
     x, labels, name = batch_of(case)
     net = nn.sequential(nn.linear(256), nn.relu(), nn.linear(128), nn.relu(), nn.linear(10))
     params, _ = net.init(0, (784,))
@@ -114,7 +112,7 @@ def torch_case(case: str) -> Callable[[], object]:
 
 
 def numpy_case(case: str, with_optimizer: bool) -> Callable[[], object]:
-    """The matrix products of a step, and the optimiser's arithmetic: nothing is allocated."""
+    """The matrix products of a step, and the optimizer's arithmetic: nothing is allocated."""
     import numpy as np
 
     x, _, name = batch_of(case)
@@ -174,11 +172,11 @@ MAKERS: dict[str, Callable[[str], Callable[[], object]]] = {
 
 
 def main() -> None:
-    """Let the engines take turns and print the table."""
+    """Have the engines take turns, and print the table."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--worker", choices=MAKERS, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=15, help="turns of each engine (default 15)")
-    parser.add_argument("--threads", type=int, default=2, help="of BLAS and PyTorch (default 2)")
+    parser.add_argument("--threads", type=int, default=2, help="of BLAS and of PyTorch (default 2)")
     parser.add_argument("--quick", action="store_true", help="3 short turns, for a first look")
     options = parser.parse_args()
     if options.worker:
@@ -186,8 +184,7 @@ def main() -> None:
         return
     rounds = 3 if options.quick else options.rounds
     repeats = {case: count // 4 if options.quick else count for case, count in STEPS.items()}
-    neighbours = Neighbours()
-    threads = {f"{pool}_NUM_THREADS": str(options.threads) for pool in ("OMP", "MKL", "OPENBLAS")}
+    neighbors, threads = Neighbors(), thread_variables(options.threads)
     engines = [engine for engine in ENGINES if engine != "torch" or has_torch()]
     workers = {engine: Worker(__file__, engine, threads) for engine in engines}
     times = take_turns(workers, repeats, rounds)
@@ -203,7 +200,7 @@ def main() -> None:
         rows.append(cells)
     print(f"{header()}, {options.threads} threads, medians of {rounds} turns\n")
     print(table(["microseconds (ratio)", *(ENGINES[engine] for engine in engines)], rows))
-    print(f"\n{neighbours.report()}")
+    print(f"\n{neighbors.report()}")
 
 
 if __name__ == "__main__":

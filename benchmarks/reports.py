@@ -1,11 +1,11 @@
-"""The experiments of the five course reports behind this project, each one command of a script.
+"""The experiments of the five course reports behind this project, each a command of a script.
 
     python benchmarks/reports.py --data data/mnist          # all, two at a time
     python benchmarks/reports.py --data data/mnist 2 sine   # report 2, and one by its name
     python benchmarks/reports.py --list
 
-What is done is not done again: stop it at any time and call it again. It ends with a table in
-Markdown of all that is there.
+Finished experiments are not repeated: stop it at any time, and call it again to go on. It ends with
+Markdown tables of all results.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 
 import common
 
-# What the reports' own networks lack, and the plain update rule.
+# What the networks of the reports do without, and the plain update rule.
 PLAIN = "--no-batch-norm --dropout 0 --label-smoothing 0"
 SGD = "--optimizer sgd --momentum 0 --schedule constant"
 MOMENTUM = "--optimizer sgd --momentum 0.9 --schedule constant"
@@ -35,7 +36,7 @@ SMALL = "--size 16 --train-size 5000 --validation 1000 --test-size 1000"
 TITLES = {
     1: "MLP and CNN on MNIST",
     2: "16x16 digits: 5,000 training, 1,000 validation, 1,000 test images, made from MNIST",
-    3: "MLP 128-64-64-10 with sigmoid, pixels centred",
+    3: "MLP 128-64-64-10 with sigmoid, centered pixels",
     4: "Curve fitting, and an MLP's depth, width and options (theirs on characters, here MNIST)",
     5: "CNN with average pooling",
 }
@@ -47,13 +48,13 @@ class Experiment(NamedTuple):
     report: int
     name: str
     what: str
-    theirs: str  # as the report says it, "" where it gives no number
-    command: str  # {other} is the folder of another experiment
+    theirs: str  # the number in the report, "" where it gives none
+    command: str  # {name} stands for the folder of another experiment
     note: str = ""
 
 
-def merged(*texts: str) -> str:
-    """Options of which the later ones take the place of the earlier."""
+def merge_options(*texts: str) -> str:
+    """Command-line options, later ones in the place of earlier ones."""
     chosen: dict[str, list[str]] = {}
     for word in " ".join(texts).split():
         if word.startswith("--"):
@@ -64,17 +65,18 @@ def merged(*texts: str) -> str:
     return "".join(" ".join(["", flag, *values]) for flag, values in chosen.items())
 
 
-def _mlp(report: int, base: str, *rows: tuple[str, ...]) -> list[Experiment]:
+def mlp_rows(report: int, base: str, *rows: tuple[str, ...]) -> list[Experiment]:
     """Experiments of train_mlp.py with options in common."""
     return [
-        Experiment(report, name, what, theirs, "train_mlp.py" + merged(base, options), *note)
+        Experiment(report, name, what, theirs, "train_mlp.py" + merge_options(base, options), *note)
         for name, what, theirs, options, *note in rows
     ]
 
 
-def _cnn(report: int, base: str, *rows: tuple[str, ...]) -> list[Experiment]:
-    mlp = _mlp(report, base, *rows)
-    script = "train_cnn.py --shards 1"  # as in the reports; and each has one core here
+def cnn_rows(report: int, base: str, *rows: tuple[str, ...]) -> list[Experiment]:
+    """Experiments of train_cnn.py with options in common."""
+    mlp = mlp_rows(report, base, *rows)
+    script = "train_cnn.py --shards 1"  # as in the reports; each has one core here
     return [row._replace(command=row.command.replace("train_mlp.py", script, 1)) for row in mlp]
 
 
@@ -82,7 +84,7 @@ def _cnn(report: int, base: str, *rows: tuple[str, ...]) -> list[Experiment]:
 DEPTHS, WIDTHS = (2, 4, 8, 16), (10, 20, 30, 50, 100)
 
 EXPERIMENTS = [
-    *_mlp(
+    *mlp_rows(
         1,
         f"{PLAIN} {SGD} --lr 0.1 --batch-size 64 --epochs 5",
         ("mlp-128", "128 hidden units", "0.9042", "--hidden 128"),
@@ -102,8 +104,8 @@ EXPERIMENTS = [
         ("mlp-multistep", "MultiStepLR: x 0.1 at epochs 3 and 4", "", "--hidden 128 --schedule multistep --lr-epochs 3 4"),
         ("mlp-augment", "augmented images", "", "--hidden 128 --augment"),
     ),
-    *_mlp(1, "", ("mlp-best", "best MLP: the script as it is", "0.92", "")),
-    *_cnn(
+    *mlp_rows(1, "", ("mlp-best", "best MLP: the script's defaults", "0.92", "")),
+    *cnn_rows(
         1,
         f"{PLAIN} {SGD} --lr 0.05 --batch-size 64 --epochs 2 --train-size 50000",
         ("cnn-6", "6 channels", "0.73", "--channels 6"),
@@ -116,8 +118,8 @@ EXPERIMENTS = [
         ("cnn-1-epoch", "8 channels, 1 epoch", "", "--channels 8 --epochs 1"),
         ("cnn-300", "8 channels, 300 images", "", "--channels 8 --train-size 300 --epochs 50"),
     ),
-    *_cnn(1, "", ("cnn-best", "best CNN: the script as it is", "0.82", "")),
-    *_mlp(
+    *cnn_rows(1, "", ("cnn-best", "best CNN: the script's defaults", "0.82", "")),
+    *mlp_rows(
         2,
         f"{SMALL} --activation leaky-relu --no-batch-norm --dropout 0 {SGD} --batch-size 8 --epochs 20",
         ("small-10", "hidden 10, MSE", "0.903", "--hidden 10 --loss mse --lr 0.5 --schedule cosine --epochs 100", "0.897 and 0.890 with seeds 1 and 2"),
@@ -132,18 +134,18 @@ EXPERIMENTS = [
         ("small-shifted", "hidden 64, shifted images", "", "--hidden 64 --label-smoothing 0 --lr 0.02 --augment shift=1"),
         ("small-rotated", "hidden 64, rotated images", "", "--hidden 64 --label-smoothing 0 --lr 0.02 --augment rotation=10"),
     ),
-    *_cnn(
+    *cnn_rows(
         2,
         f"{SMALL} --channels 32 --kernel 5 --pool 3 --activation leaky-relu {PLAIN} --hidden 64 --batch-size 8",
         ("small-conv", "convolution of 32 channels, kernel 5, pool 3", "0.979", f"{MOMENTUM} --lr 0.005 --schedule cosine --epochs 30"),
         ("small-best", "the same: He, momentum 0.9, rate x 0.9 every 5,000 batches, shifted and rotated images", "0.981", f"{MOMENTUM} --lr 0.01 --schedule step --lr-factor 0.9 --lr-epochs 8 --epochs 60 --augment shift=1 rotation=10 scale=0.1"),
     ),
-    *_mlp(
+    *mlp_rows(
         3,
         f"--hidden 128 64 64 --activation sigmoid --batch-size 16 --lr 0.02 --reduction sum --epochs 10 --center {PLAIN} {SGD}",
-        ("sigmoid-zero", "zero initialisation", "chance", "--init zeros", "the units of a layer begin alike and only rounding parts them"),
-        ("sigmoid-normal", "normal 0.02 initialisation", "0.950", "--init normal --init-std 0.02"),
-        ("sigmoid-xavier", "Xavier initialisation, constant rate", "0.969", "--init xavier-uniform"),
+        ("sigmoid-zero", "zero initialization", "chance", "--init zeros", "all units of a layer start alike; only rounding breaks the symmetry"),
+        ("sigmoid-normal", "normal 0.02 initialization", "0.950", "--init normal --init-std 0.02"),
+        ("sigmoid-xavier", "Xavier initialization, constant rate", "0.969", "--init xavier-uniform"),
         ("sigmoid-step", "normal 0.02, step", "0.955", "--init normal --schedule step --lr-factor 0.5 --lr-epochs 3"),
         ("sigmoid-cosine", "normal 0.02, cosine", "0.955", "--init normal --schedule cosine"),
         ("sigmoid-cycle", "normal 0.02, cycle", "0.937", "--init normal --schedule cyclic"),
@@ -152,10 +154,10 @@ EXPERIMENTS = [
         ("sigmoid-l2-7", "Xavier, L2 of 1e-7", "0.966", "--init xavier-uniform --weight-decay 1e-7"),
         ("sigmoid-best", "best: Xavier, momentum 0.9, one cycle, 20 epochs", "0.976", "--init xavier-uniform --reduction mean --lr 0.1 --momentum 0.9 --schedule one-cycle --epochs 20"),
     ),
-    *_mlp(
+    *mlp_rows(
         4, "", ("sine", "y = sin x, 3 layers of 50: mean absolute error", "0.00019", "--task sine")
     ),
-    *_mlp(
+    *mlp_rows(
         4,
         f"{PLAIN} --optimizer adam --batch-size 64 --epochs 8",
         *(
@@ -169,7 +171,7 @@ EXPERIMENTS = [
             for width in WIDTHS
         ),
     ),
-    *_mlp(
+    *mlp_rows(
         4,
         f"{PLAIN} {MOMENTUM} --lr 0.02 --batch-size 64 --epochs 5",
         *(
@@ -191,10 +193,10 @@ EXPERIMENTS = [
         ("deep-norm", "16 layers of 50, batch norm", "0.906", f"--hidden {' '.join(['50'] * 16)} --batch-norm"),
         ("moved", "shift and small rotation", "", "--hidden 50 50 --augment shift=2 rotation=5"),
     ),
-    *_cnn(
+    *cnn_rows(
         5,
         "--channels 4 4 --kernel 3 --pooling average --hidden --no-batch-norm --batch-size 100 --optimizer sgd --momentum 0.9 --lr 0.01 --schedule plateau --epochs 40",
-        ("average-4", "4 and 4 channels, initialised with std 0.01", "0.985", "--label-smoothing 0 --init normal --init-std 0.01 --epochs 150 --lr-epochs 10", "settles there at this rate, 0.9840 after 300 epochs; three times the rate gets further"),
+        ("average-4", "4 and 4 channels, initialized with std 0.01", "0.985", "--label-smoothing 0 --init normal --init-std 0.01 --epochs 150 --lr-epochs 10", "converges there at this rate, 0.9840 after 300 epochs; three times the rate gets further"),
         ("average-4-fast", "the same with rate 0.03", "0.985", "--label-smoothing 0 --init normal --init-std 0.01 --lr 0.03 --epochs 150 --lr-epochs 10"),
         ("average-1", "rate 0.01, std 1", "", "--label-smoothing 0 --init normal --init-std 1 --lr-epochs 5"),
         ("average-16", "16 and 16 channels (He, one cycle, rate 0.1, L2 of 0.0002)", "0.990", "--channels 16 16 --label-smoothing 0 --schedule one-cycle --lr 0.1 --weight-decay 2e-4 --epochs 30", "0.9883 with the setting above"),
@@ -203,15 +205,15 @@ EXPERIMENTS = [
         ("euclidean", "Euclidean loss, He, rate 0.05", "", "--loss mse --lr 0.05 --lr-epochs 5"),
         ("late-momentum", "momentum 0.5 in the last quarter", "", "--label-smoothing 0 --init normal --init-std 0.01 --final-momentum 0.5"),
     ),
-    *_mlp(
+    *mlp_rows(
         5,
         f"--hidden 100 50 {PLAIN} --batch-size 100 --optimizer sgd --momentum 0.9 --lr 0.01 --schedule plateau --epochs 10",
-        ("parameters", "MLP 100-50 beside it", "", ""),
+        ("parameters", "MLP 100-50 for comparison", "", ""),
     ),
 ]
 # fmt: on
 
-# The rows of the README's table.
+# The rows of the short table.
 SHORT = [
     "mlp-512",
     "mlp-best",
@@ -240,17 +242,17 @@ def needed_by(experiment: Experiment) -> str | None:
 
 
 def select(words: list[str]) -> list[Experiment]:
-    """The experiments of reports by number or by name, and those that they start from."""
+    """The experiments with these names or of these reports, and those that they start from."""
     unknown = set(words) - {str(report) for report in TITLES} - {e.name for e in EXPERIMENTS}
     if unknown:
-        raise SystemExit(f"there is no {', '.join(sorted(unknown))}; --list shows what there is")
+        raise SystemExit(f"there is no {', '.join(sorted(unknown))}; see --list")
     chosen = [e for e in EXPERIMENTS if not words or {str(e.report), e.name} & set(words)]
     needed = {needed_by(experiment) for experiment in chosen}
     return [e for e in EXPERIMENTS if e in chosen or e.name in needed]
 
 
 def result_of(experiment: Experiment, options: argparse.Namespace) -> dict[str, Any]:
-    """What an experiment gave, if it is there already and of this command; else nothing."""
+    """The result of an experiment, {} unless it was finished with the same command."""
     path = options.out / experiment.name / "result.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return result if result.get("command") == experiment.command else {}
@@ -259,11 +261,12 @@ def result_of(experiment: Experiment, options: argparse.Namespace) -> dict[str, 
 def run(
     experiment: Experiment, options: argparse.Namespace, needed: concurrent.futures.Future | None
 ) -> str:
-    """Run one experiment in a process of its own, and say in a few words what it gave."""
+    """Run one experiment in a process of its own; gives its result in a few words."""
     if needed:
         needed.result()
     folder = options.out / experiment.name
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what was interrupted begins anew
+    folder.mkdir(parents=True)
     command = re.sub(r"{([\w-]+)}", rf"{options.out}/\1", experiment.command)
     script, *arguments = shlex.split(command)
     if experiment.name != "sine":
@@ -298,14 +301,14 @@ def run(
 
 
 def run_all(experiments: list[Experiment], options: argparse.Namespace) -> None:
-    """Run those that are missing, several at a time, and say how far it is."""
+    """Run those without a result, several at a time, and print the progress."""
     missing = [experiment for experiment in experiments if not result_of(experiment, options)]
-    print(f"{len(experiments) - len(missing)} of {len(experiments)} are there already", flush=True)
+    print(f"{len(experiments) - len(missing)} of {len(experiments)} are finished", flush=True)
     started = time.monotonic()
     futures: dict[str, concurrent.futures.Future] = {}
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         try:
-            for experiment in missing:  # what is needed stands before, so it is begun before
+            for experiment in missing:  # the needed one stands before it, so it begins before it
                 needed = futures.get(needed_by(experiment) or "")
                 futures[experiment.name] = pool.submit(run, experiment, options, needed)
             names = {future: name for name, future in futures.items()}
@@ -340,7 +343,7 @@ def grid(options: argparse.Namespace) -> str:
 
 
 def tables(options: argparse.Namespace) -> str:
-    """All that is there, in Markdown, a table a report."""
+    """All results, in Markdown, with a table for each report."""
     head = ["experiment", "theirs", "purenn", "time", "an epoch"]
     head += ["parameters", "remark", "command"]
     parts = []
@@ -355,7 +358,7 @@ def tables(options: argparse.Namespace) -> str:
 
 
 def short_table(options: argparse.Namespace) -> str:
-    """The table of the README."""
+    """The short table of benchmarks/results.md."""
     rows = [
         [str(e.report), e.what, e.theirs, result_of(e, options)["measured"]]
         for e in EXPERIMENTS
@@ -364,8 +367,8 @@ def short_table(options: argparse.Namespace) -> str:
     return common.table(["report", "experiment", "theirs", "purenn"], rows)
 
 
-def below(options: argparse.Namespace) -> list[str]:
-    """The experiments that are worse than the report's, and no remark says why."""
+def worse_than_theirs(options: argparse.Namespace) -> list[str]:
+    """The experiments whose result is worse than the report's, without a remark that says why."""
     names = []
     for experiment in EXPERIMENTS:
         result = result_of(experiment, options)
@@ -377,28 +380,28 @@ def below(options: argparse.Namespace) -> list[str]:
 
 
 def main() -> int:
-    """Run what is missing, and print the table."""
+    """Run what has no result yet, and print the tables."""
     parser = argparse.ArgumentParser(
         description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", nargs="*", help="numbers of reports, names of experiments; or all")
-    parser.add_argument("--data", default="data/mnist", help="folder of MNIST")
+    parser.add_argument("--data", default="data/mnist", help="the folder with MNIST")
     parser.add_argument(
         "--out",
         type=pathlib.Path,
         default=pathlib.Path("runs/reports"),
-        help="a folder each for models, curves, logs",
+        help="gets a folder with model, metrics and log for each experiment",
     )
     parser.add_argument(
         "--jobs",
         type=int,
         default=os.cpu_count(),
-        help="how many at a time, each with one BLAS thread (default: one a core)",
+        help="how many at a time, each with one BLAS thread (default: one per core)",
     )
     parser.add_argument("--plot", action="store_true", help="draw the pictures of each run as well")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     parser.add_argument(
-        "--short", action="store_true", help="print the table of the README, run nothing"
+        "--short", action="store_true", help="print the short table of results.md, run nothing"
     )
     options = parser.parse_args()
     experiments = select(options.what)
@@ -409,16 +412,16 @@ def main() -> int:
     if options.short:
         print(short_table(options))
         return 0
-    neighbours = common.Neighbours()
+    neighbors = common.Neighbors()
     run_all(experiments, options)
-    print(f"\n{common.header()}; {options.jobs} runs at a time, one BLAS thread each.")
-    print(f"{neighbours.report()}\n\n{tables(options)}")
+    print(f"\n{common.header()}; {options.jobs} at a time, one BLAS thread each.")
+    print(f"{neighbors.report()}\n\n{tables(options)}")
     missing = [experiment.name for experiment in experiments if not result_of(experiment, options)]
     if missing:
-        print(f"\nMissing: {', '.join(missing)} (log.txt in the folder of each says why)")
-    if below(options):
-        print(f"\nBelow the report's number: {', '.join(below(options))}")
-    return 1 if missing or below(options) else 0
+        print(f"\nMissing: {', '.join(missing)} (see log.txt in the folder of each)")
+    if worse := worse_than_theirs(options):
+        print(f"\nBelow the report's number: {', '.join(worse)}")
+    return 1 if missing or worse else 0
 
 
 if __name__ == "__main__":

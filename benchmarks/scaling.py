@@ -1,11 +1,11 @@
-"""Steps per second against workers and ranks, the size of the messages, and what follows from them.
+"""Steps per second by workers and ranks, the size of the messages, and estimates for clusters.
 
     python benchmarks/scaling.py [--rounds 11] [--quick]
 
-Measures here: one worker with one and with two threads of BLAS, two workers, two ranks of MPI (with
-mpi4py), PyTorch eager with two threads (where it is installed); they take turns. From the time of
-a step by images a rank, and the size of what the ranks add up, it estimates clusters of 8 to 256
-ranks, each alone on its network link.
+Measures one worker with one and with two BLAS threads, two workers, two MPI ranks (with mpi4py) and
+PyTorch eager with two threads (where it is installed); they take turns. From the step time by
+images per rank and the bytes that the ranks add up, it estimates clusters of 8 to 256 ranks, each
+with a network link of its own.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from functools import partial
 from typing import Any
 
 from common import (
-    REPOSITORY,
-    Neighbours,
+    Neighbors,
     Worker,
     has_torch,
     header,
+    import_purenn,
     purenn_step,
     serve,
     table,
     take_turns,
+    thread_variables,
 )
 
 CASES = {  # case: repeats a turn
@@ -45,7 +46,7 @@ LABELS = {
     "5x5 128": "two 5x5 convolutions, SGD with momentum, batch 128",
     "3x3 64": "four 3x3 convolutions and batch norm, SGD with momentum, batch 64",
 }
-ENGINES = {  # engine: (what it is, threads of BLAS)
+ENGINES = {  # engine: (name, BLAS threads)
     "one": ("1 worker, 1 thread", 1),
     "blas": ("1 worker, 2 threads", 2),
     "workers": ("2 workers", 1),
@@ -54,19 +55,20 @@ ENGINES = {  # engine: (what it is, threads of BLAS)
     "last": ("PyTorch, channels last", 2),
 }
 ESTIMATED = ("mlp", "5x5")
-LOCAL = (4, 8, 16, 32, 64, 128)  # images of one rank whose step is measured
+LOCAL = (4, 8, 16, 32, 64, 128)  # images per rank whose step is measured
 RANKS = (8, 16, 32, 64, 128, 256)
-NETWORKS = {"10 Gbit/s": (10e9 / 8, 30e-6), "100 Gbit/s": (100e9 / 8, 3e-6)}  # bytes/s, s a message
+NETWORKS = {
+    "10 Gbit/s": (10e9 / 8, 30e-6),
+    "100 Gbit/s": (100e9 / 8, 3e-6),
+}  # bytes per second, seconds per message
 
 
 def setting(case: str) -> tuple[Any, Any, Any, Any]:
-    """(purenn, network, optimiser, batch) of a case like "5x5 64"."""
-    sys.path.insert(0, str(REPOSITORY))
+    """(purenn, network, optimizer, batch) of a case like "5x5 64"."""
     import cnn
     import numpy as np
 
-    import purenn as nn
-
+    nn = import_purenn()
     kind, size = case.split()
     if kind != "mlp":
         net = cnn.network(nn, case, nn.conv2d, nn.max_pool2d)
@@ -89,43 +91,43 @@ def purenn_case(case: str, workers: int = 1) -> Callable[[], object]:
     return purenn_step(nn, net, (1, 28, 28), gradients, optimizer, batch)
 
 
-def of_ranks(params: Any, x: Any, target: Any, *, gradients: Callable, team: Any) -> tuple:
-    """loss, grads and cache of all ranks, as `train_mlp.take_step` computes them."""
+def rank_gradients(params: Any, x: Any, target: Any, *, gradients: Callable, team: Any) -> tuple:
+    """loss, grads and cache of all ranks, as `training.loop.take_step` computes them."""
     import numpy as np
 
-    import train_mlp
+    from training.team import add_ranks
 
     loss, grads, cache = gradients(params, x, target)
     tree = {"loss": np.array(loss), "grads": grads, "cache": cache}
-    return tuple(train_mlp.add_ranks(team, tree).values())
+    return tuple(add_ranks(team, tree).values())
 
 
 def ranks_case(case: str) -> Callable[[], object]:
     """A step of all ranks together."""
     nn, net, optimizer, batch = setting(case)
-    import train_mlp
+    from training.team import Team, all_ranks, map_own
 
-    communicator = train_mlp.world()
-    team = train_mlp.Team(communicator.Get_size(), communicator=communicator)
+    communicator = all_ranks()
+    team = Team(communicator.Get_size(), communicator=communicator)
     gradients = nn.value_and_grad(net, nn.softmax_cross_entropy)
-    parts = nn.data_parallel(gradients, team.shards, partial(train_mlp.map_own, team=team))
-    together = partial(of_ranks, gradients=parts, team=team)
-    return purenn_step(nn, net, (1, 28, 28), together, optimizer, batch)
+    parts = nn.data_parallel(gradients, team.shards, partial(map_own, team=team))
+    added = partial(rank_gradients, gradients=parts, team=team)
+    return purenn_step(nn, net, (1, 28, 28), added, optimizer, batch)
 
 
 def allreduce_case(case: str) -> Callable[[], object]:
-    """What the ranks of a case add up, added up."""
+    """The sum over the ranks, by itself."""
     import numpy as np
 
-    sys.path.insert(0, str(REPOSITORY))
-    import train_mlp
+    size = message_size(case)  # imports purenn, and makes training importable
+    from training.team import all_ranks
 
-    own = np.zeros(message(case) // 4, np.float32)
-    return partial(train_mlp.world().Allreduce, own, np.empty_like(own))
+    own = np.zeros(size // 4, np.float32)
+    return partial(all_ranks().Allreduce, own, np.empty_like(own))
 
 
-def message(case: str) -> int:
-    """The bytes of the buffer that the ranks add up."""
+def message_size(case: str) -> int:
+    """The size of the buffer that the ranks add up, in bytes."""
     nn, net, _, (x, labels) = setting(case)
     params, _ = net.init(0, (1, 28, 28))
     gradients = nn.data_parallel(nn.value_and_grad(net, nn.softmax_cross_entropy), 2)
@@ -161,7 +163,7 @@ MAKERS: dict[str, Callable[[str], Callable[[], object]]] = {
 
 
 def serve_ranks() -> None:
-    """`serve` on all ranks: rank 0 reads what to measure; the others wait for it asleep."""
+    """`serve` on all ranks: rank 0 reads what to measure; the others sleep until it tells them."""
     import numpy as np
     from mpi4py import MPI
 
@@ -193,25 +195,25 @@ def serve_ranks() -> None:
 
 
 def mpi_launcher() -> list[str]:
-    """The command before a command that starts two ranks of it; empty where there is no MPI."""
+    """The words before a command that start two ranks of it; empty without MPI."""
     import importlib.util
 
     beside = os.path.join(os.path.dirname(sys.executable), "mpiexec")
     launcher = beside if os.path.exists(beside) else shutil.which("mpiexec")
     if launcher is None or importlib.util.find_spec("mpi4py") is None:
-        print("The column of ranks stays empty: pip install mpi4py mpich\n")
+        print("The column of ranks is missing: pip install mpi4py mpich\n")
         return []
     return [launcher, "-n", "2"]
 
 
 def allreduce_seconds(size: int, ranks: int, network: str) -> float:
-    """The time to add up so many bytes: reduce-scatter and allgather, 2·log2(ranks) messages."""
+    """The time to add up a buffer: reduce-scatter and allgather, 2·log2(ranks) messages."""
     bandwidth, latency = NETWORKS[network]
     return 2 * size * (ranks - 1) / ranks / bandwidth + 2 * math.log2(ranks) * latency
 
 
 def estimate(seconds: dict[tuple[str, str], float], sizes: dict[str, int]) -> str:
-    """Tables of the speed-up over one rank on clusters, from the steps of one rank."""
+    """Tables of the speed-up of clusters over one rank, from the steps of one rank."""
     lines = []
     for kind in ESTIMATED:
         one = {count: seconds["one", f"{kind} {count}"] for count in LOCAL}
@@ -221,14 +223,48 @@ def estimate(seconds: dict[tuple[str, str], float], sizes: dict[str, int]) -> st
             grown = [ranks * one[128] / (one[128] + waits[ranks]) for ranks in RANKS]
             alone = one[128] * 1024 / 128
             fixed = [alone / (one[1024 // ranks] + waits[ranks]) for ranks in RANKS]
-            rows.append([f"{network}, 128 images a rank", *(f"{value:.0f}" for value in grown)])
-            rows.append([f"{network}, 1,024 images in all", *(f"{value:.0f}" for value in fixed)])
+            rows.append([f"{network}, 128 images per rank", *(f"{value:.0f}" for value in grown)])
+            rows.append([f"{network}, 1,024 images in total", *(f"{value:.0f}" for value in fixed)])
         lines.append(table([f"{kind}: times one rank", *map(str, RANKS)], rows))
     return "\n\n".join(lines)
 
 
+def mpi_version(launcher: list[str]) -> str:
+    """The MPI that mpi4py uses."""
+    if not launcher:
+        return "no MPI"
+    from mpi4py import MPI
+
+    return MPI.Get_library_version().split("\n")[0].strip("\0 ").replace("\t", " ")
+
+
+def start_workers(launcher: list[str]) -> dict[str, Worker]:
+    """A worker for every engine that is installed."""
+    missing = set() if has_torch() else {"torch", "last"}
+    missing |= set() if launcher else {"ranks"}
+    workers = {}
+    for engine, (_, threads) in ENGINES.items():
+        if engine not in missing:
+            before = launcher if engine == "ranks" else []
+            workers[engine] = Worker(__file__, engine, thread_variables(threads), before)
+    return workers
+
+
+def speed_table(times: dict[tuple[str, str], float], engines: list[str]) -> str:
+    """Steps per second of every case, and how many times those of one worker with one thread."""
+    rows = []
+    for case, label in LABELS.items():
+        cells = [label]
+        for engine in engines:
+            ratio = f" ({times['one', case] / times[engine, case]:.2f})"
+            cells.append(f"{1 / times[engine, case]:.1f}{ratio}")
+        rows.append(cells)
+    head = "steps per second (times 1 worker, 1 thread)"
+    return table([head, *(ENGINES[engine][0] for engine in engines)], rows)
+
+
 def main() -> None:
-    """Let the engines take turns and print the tables."""
+    """Have the engines take turns, and print the tables."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=11, help="turns of each engine (default 11)")
@@ -244,54 +280,27 @@ def main() -> None:
     repeats = {
         case: max(count // 3, 1) if options.quick else count for case, count in CASES.items()
     }
-    neighbours, launcher = Neighbours(), mpi_launcher()
-    missing = set() if has_torch() else {"torch", "last"}
-    missing |= set() if launcher else {"ranks"}
-    engines = [engine for engine in ENGINES if engine not in missing]
-    workers = {}
-    for engine in engines:
-        threads = str(ENGINES[engine][1])
-        environment = {f"{pool}_NUM_THREADS": threads for pool in ("OMP", "MKL", "OPENBLAS")}
-        before = launcher if engine == "ranks" else []
-        workers[engine] = Worker(__file__, engine, environment, before)
+    neighbors, launcher = Neighbors(), mpi_launcher()
+    workers = start_workers(launcher)
     times = take_turns(workers, repeats, rounds)
-    one = {"one": workers["one"]}
     by_images = {f"{kind} {count}": max(256 // count, 2) for kind in ESTIMATED for count in LOCAL}
-    times |= take_turns(one, by_images, max(rounds // 3, 1))
-    sizes = {kind: message(f"{kind} 128") for kind in ESTIMATED}
-    added = {}
+    times |= take_turns({"one": workers["one"]}, by_images, max(rounds // 3, 1))
+    sizes = {kind: message_size(f"{kind} 128") for kind in ESTIMATED}
+    sums = {}
     if launcher:
         sent = {f"allreduce {kind} 128": 50 for kind in ESTIMATED}
-        added = take_turns({"ranks": workers["ranks"]}, sent, rounds)
+        sums = take_turns({"ranks": workers["ranks"]}, sent, rounds)
     for worker in workers.values():
         worker.close()
-    rows = []
-    for case, label in LABELS.items():
-        cells = [label]
-        for engine in engines:
-            ratio = f" ({times['one', case] / times[engine, case]:.2f})"
-            cells.append(f"{1 / times[engine, case]:.1f}{ratio}")
-        rows.append(cells)
-    print(f"{header()}, {version_of_mpi(launcher)}, medians of {rounds} turns\n")
-    head = "steps a second (times 1 worker, 1 thread)"
-    print(table([head, *(ENGINES[engine][0] for engine in engines)], rows))
-    print(f"\n{neighbours.report()}\n")
+    print(f"{header()}, {mpi_version(launcher)}, medians of {rounds} turns\n")
+    print(f"{speed_table(times, list(workers))}\n\n{neighbors.report()}\n")
     for kind, size in sizes.items():
-        here = added.get(("ranks", f"allreduce {kind} 128"))
-        measured = f"; two ranks here add it up in {here * 1e3:.2f} ms" if here else ""
-        print(f"{kind}: the ranks add up {size / 1e6:.2f} MB a step{measured}.")
+        here = sums.get(("ranks", f"allreduce {kind} 128"))
+        measured = f"; two ranks here take {here * 1e3:.2f} ms for it" if here else ""
+        print(f"{kind}: the ranks add up {size / 1e6:.2f} MB per step{measured}.")
     rows = [[kind, *(f"{times['one', f'{kind} {n}'] * 1e3:.2f}" for n in LOCAL)] for kind in sizes]
-    print(f"\n{table(['ms a step, 1 worker, by images', *map(str, LOCAL)], rows)}\n")
+    print(f"\n{table(['ms per step, 1 worker, by images', *map(str, LOCAL)], rows)}\n")
     print(estimate(times, sizes))
-
-
-def version_of_mpi(launcher: list[str]) -> str:
-    """The MPI that mpi4py found."""
-    if not launcher:
-        return "no MPI"
-    from mpi4py import MPI
-
-    return MPI.Get_library_version().split("\n")[0].strip("\0 ").replace("\t", " ")
 
 
 if __name__ == "__main__":

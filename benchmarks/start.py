@@ -1,4 +1,4 @@
-"""What it costs to start: importing purenn, and the way from a cold start to the first prediction.
+"""What it costs to start: importing purenn, and going from a cold start to the first prediction.
 
     python benchmarks/start.py [--rounds 15] [--quick]
 
@@ -17,12 +17,12 @@ import sys
 import tempfile
 import time
 
-from common import REPOSITORY, Neighbours, has_torch, header, table
+from common import REPOSITORY, Neighbors, has_torch, header, table
 
 IMPORTS = {
     "numpy": "import numpy",
     "numpy and purenn": "import numpy, purenn",
-    "the same, not yet compiled": "import sys; sys.path[0] = {source!r}; import numpy, purenn",
+    "the same, without a .pyc": "import sys; sys.path[0] = {source!r}; import numpy, purenn",
 }
 PREDICTIONS = {
     "purenn": """
@@ -68,7 +68,7 @@ def run(code: str, folder: str) -> tuple[float, float]:
 
 
 def medians(codes: dict[str, str], folder: str, rounds: int) -> dict[str, tuple[float, float]]:
-    """{name: (median seconds, median MB)}, taking turns."""
+    """{name: (median seconds, median MB)}; they take turns."""
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in codes}
     for _ in range(rounds):
         for name, code in codes.items():
@@ -80,13 +80,13 @@ def medians(codes: dict[str, str], folder: str, rounds: int) -> dict[str, tuple[
 
 
 def main() -> None:
-    """Measure both and print two tables."""
+    """Measure both, and print two tables."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15, help="turns of each (default 15)")
     parser.add_argument("--quick", action="store_true", help="3 turns, for a first look")
     options = parser.parse_args()
     rounds = 3 if options.quick else options.rounds
-    neighbours = Neighbours()
+    neighbors = Neighbors()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as source:
         shutil.copy(REPOSITORY / "purenn.py", source)
         shutil.copy(REPOSITORY / "purenn.py", folder)
@@ -114,7 +114,7 @@ def main() -> None:
             ratios = [a / b for a, b in zip(starts["purenn"], starts["PyTorch"], strict=True)]
             rows.append(["ratio", *(f"{ratio:.2f}" for ratio in ratios)])
         print(table(["cold start to prediction", "ms", "peak memory, MB"], rows))
-        print(f"\n{neighbours.report()}")
+        print(f"\n{neighbors.report()}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""Resizing, image files (with Pillow), and folders that hold one sub-folder for each class."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+
+from training.files import open_binary
+
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others may run programs
+
+
+def overlaps(length: int, pixels: int) -> np.ndarray:
+    """(pixels, length): the share of each old pixel in each of the new ones on the same line."""
+    edges = np.linspace(0, length, pixels + 1)
+    start, end = edges[:-1, None], edges[1:, None]
+    old = np.arange(length)
+    covered = np.minimum(end, old + 1) - np.maximum(start, old)
+    shares: np.ndarray = np.maximum(covered, 0) * (pixels / length)
+    return shares
+
+
+def check_side(value: Any) -> int:
+    """A number of pixels as an int."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"resize: size must be a whole number, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"resize: size must be at least 1, got {value}")
+    return int(value)
+
+
+def check_images(images: Any) -> None:
+    """Refuse what is not (N, C, H, W) of float32 or float64."""
+    if not isinstance(images, np.ndarray) or isinstance(images, (np.ma.MaskedArray, np.matrix)):
+        raise TypeError(f"resize: images must be a NumPy array, got {type(images).__name__}")
+    if images.dtype.char not in "fd":
+        raise TypeError(
+            f"resize: images must be float32 or float64, got {images.dtype};"
+            " convert it with images.astype(np.float32)"
+        )
+    if images.ndim != 4 or 0 in images.shape[2:]:
+        raise ValueError(f"resize: images must be (N, C, H, W), got shape {images.shape}")
+
+
+def resize(images: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """images (N, C, H, W) as (N, C, *size): every new pixel is the mean of the area it covers.
+
+    `size` is an int or a pair (height, width). The mean of an image stays what it is; to a
+    multiple of the size, pixels are repeated. As area interpolation elsewhere (OpenCV's
+    INTER_AREA). ValueError for a size below 1 or images that are not (N, C, H, W).
+    """
+    check_images(images)
+    pair = size if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2:
+        raise ValueError(f"resize: size must be a whole number or a pair of them, got {size}")
+    height, width = map(check_side, pair)
+    down = overlaps(images.shape[2], height).astype(images.dtype)
+    across = overlaps(images.shape[3], width).astype(images.dtype)
+    with np.errstate(all="ignore"):  # what is too large becomes inf
+        return np.asarray(down @ (np.ascontiguousarray(images) @ across.T))
+
+
+def sub_folders(folder: str) -> list[str]:
+    """The names of the folders in a folder, sorted; none where it is no folder."""
+    if not os.path.isdir(folder):
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
+def image_suffixes(where: str) -> tuple[str, ...]:
+    """The endings of the names of image files. ValueError if Pillow is missing."""
+    try:
+        import PIL.Image
+        import PIL.PngImagePlugin
+    except ImportError:
+        raise ValueError(f"{where}: image files need Pillow: pip install pillow") from None
+    PIL.PngImagePlugin.MAX_TEXT_MEMORY = 1 << 22  # bytes of comments unpacked, else 64 MB a file
+    known = PIL.Image.registered_extensions().items()
+    return tuple(suffix for suffix, kind in known if kind in IMAGE_FORMATS)
+
+
+def read_pixels(content: io.BytesIO) -> np.ndarray:
+    """(H, W), (H, W, 3) of uint8: what an untrusted image file holds."""
+    import PIL.Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        PIL.Image.open(content, formats=IMAGE_FORMATS).verify()  # a PNG's checksums
+        image = PIL.Image.open(content, formats=IMAGE_FORMATS)
+        if image.mode[0] in "IF":
+            raise ValueError(f"its pixels are of mode {image.mode}, expected 8 bits a color")
+        if not 0 < math.prod(image.size) <= max(1_000_000, 50 * len(content.getbuffer())):
+            raise ValueError(f"{image.width}x{image.height} pixels do not fit in it")
+        gray = image.mode in ("1", "L", "LA")
+        return np.asarray(image.convert("L" if gray else "RGB"))
+
+
+def read_image(path: str, size: int | None) -> np.ndarray:
+    """(C, H, W) from 0 to 1 of an image file with 8 bits a color; one channel if it is gray."""
+    import PIL.Image
+
+    try:
+        with open_binary(path) as file:
+            content = io.BytesIO(file.read())  # asked for more than there is, it takes no memory
+        pixels = read_pixels(content)
+    except Exception as error:  # Pillow raises any, for damaged files
+        reason = str(error) or type(error).__name__
+        if isinstance(error, PIL.UnidentifiedImageError):
+            reason = f"it is no whole {', '.join(IMAGE_FORMATS)}"
+        raise ValueError(f"{path}: cannot be read as an image: {reason}") from None
+    pixels = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
+    scaled: np.ndarray = np.divide(pixels, np.float32(255), dtype=np.float32)
+    return scaled if size is None else resize(scaled[None], size)[0]
+
+
+def stack_images(paths: list[str], size: int | None) -> np.ndarray:
+    """(N, C, H, W) of image files of one size; gray ones get three channels among colored ones."""
+    images: list[np.ndarray] = []
+    for path in paths:
+        images.append(read_image(path, size))
+        if images[-1].shape[1:] != images[0].shape[1:]:
+            sizes = " and ".join(f"{i.shape[2]}x{i.shape[1]}" for i in (images[0], images[-1]))
+            raise ValueError(f"{path}: images of {sizes} pixels; --size makes them the same")
+    channels = max(len(image) for image in images)
+    return np.stack([np.broadcast_to(image, (channels, *image.shape[1:])) for image in images])
+
+
+def list_images(folder: str) -> list[str]:
+    """The paths of the image files in a folder, sorted."""
+    suffixes = image_suffixes(folder)
+    names = sorted(os.listdir(folder))
+    return [
+        os.path.join(folder, name)
+        for name in names
+        if name.lower().endswith(suffixes) and not name.startswith(".")
+    ]
+
+
+def read_images(folder: str, classes: list[str], size: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """(images, labels) of a folder with one sub-folder for each class."""
+    image_suffixes(folder)
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = list_images(os.path.join(folder, name))
+        if not found:
+            raise ValueError(f"{os.path.join(folder, name)}: there is no image in this folder")
+        paths += found
+        labels += [label] * len(found)
+    return stack_images(paths, size), np.array(labels)
+
+
+def read_image_folders(folder: str, size: int | None) -> dict[str, np.ndarray]:
+    """A data set of image files, in one sub-folder for each class.
+
+    These stand in train/ and test/; or by themselves, and then there are no test images.
+    """
+    parts = [part for part in ("train", "test") if part in sub_folders(folder)]
+    folders = {part: os.path.join(folder, part) for part in parts} or {"train": folder}
+    if "train" not in folders:
+        raise ValueError(f"{folder}: there is a folder test, but none called train")
+    classes = sub_folders(folders["train"])
+    data = {"classes": np.array(classes)}
+    for part, path in folders.items():
+        if sub_folders(path) != classes:
+            raise ValueError(f"{path}: expected a folder for each of {', '.join(classes)}")
+        data[f"x_{part}"], data[f"y_{part}"] = read_images(path, classes, size)
+    return data

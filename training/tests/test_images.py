@@ -1,0 +1,254 @@
+"""Images: files, folders of them, and another size."""
+
+import os
+import pathlib
+import struct
+import warnings
+import zlib
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training import images
+from training.tests.conftest import damaged, peak_memory, refusal, refusal_in_time
+
+
+@pytest.fixture
+def image_module():
+    return pytest.importorskip("PIL.Image", reason="image files need Pillow, which is optional")
+
+
+def write_images(folder, sizes=((9, 6),), modes=("L",), classes="ab", count=4, suffix="png"):
+    """Bright images of the second class, dark ones of the first."""
+    from PIL import Image
+
+    for label, name in enumerate(classes):
+        path = pathlib.Path(folder, name)
+        path.mkdir(parents=True)
+        for number in range(count):
+            height, width = sizes[number % len(sizes)]
+            image = Image.new("L", (width, height), 40 + 160 * label + number)
+            image.convert(modes[number % len(modes)]).save(path / f"{number}.{suffix}")
+
+
+def read(folder):
+    """The data set of a folder with a sub-folder for each class."""
+    return images.read_image_folders(str(folder), None)
+
+
+# --- folders ---
+
+
+@pytest.mark.usefixtures("image_module")
+def test_folders_of_images_are_read_as_they_are(tmp_path):
+    write_images(tmp_path / "train", classes=("x", "y"))
+    write_images(tmp_path / "test", classes=("x", "y"), count=2, modes=("RGB",), suffix="bmp")
+    data = read(tmp_path)
+    assert data["classes"].tolist() == ["x", "y"]
+    assert (data["x_train"].shape, data["x_train"].dtype) == ((8, 1, 9, 6), np.float32)
+    np.testing.assert_array_equal(data["y_train"], [0, 0, 0, 0, 1, 1, 1, 1])
+    levels = [40, 41, 42, 43, 200, 201, 202, 203]
+    np.testing.assert_allclose(data["x_train"][:, 0, 4, 2], np.array(levels) / 255, atol=1e-6)
+    assert data["x_test"].shape == (4, 3, 9, 6)
+
+
+@pytest.mark.usefixtures("image_module")
+def test_images_of_other_sizes_and_modes_are_brought_together(tmp_path):
+    write_images(tmp_path, sizes=((9, 6), (12, 12)), modes=("L", "RGB", "P", "1"))
+    with pytest.raises(ValueError, match=r"1\.png: images of 6x9 and 12x12 pixels; --size makes"):
+        read(tmp_path)
+    data = images.read_image_folders(str(tmp_path), 5)
+    assert data["x_train"].shape == (8, 3, 5, 5)
+    np.testing.assert_allclose(data["x_train"][0], 40 / 255, atol=1e-6)
+    np.testing.assert_allclose(data["x_train"][1], 41 / 255, atol=1e-6)
+
+
+def test_folders_that_are_no_data_set_say_why(tmp_path, image_module):
+    (tmp_path / "lone" / "test").mkdir(parents=True)
+    write_images(tmp_path / "differ" / "train")
+    write_images(tmp_path / "differ" / "test", classes="ac")
+    write_images(tmp_path / "damaged")
+    (tmp_path / "damaged" / "b" / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing more")
+    write_images(tmp_path / "deep")
+    image_module.new("I", (6, 9)).save(tmp_path / "deep" / "b" / "1.tif")
+    write_images(tmp_path / "none", count=0)
+    for name, path, words in (
+        ("lone", "lone", "there is a folder test, but none called train"),
+        ("differ", "differ/test", "expected a folder for each of a, b"),
+        ("damaged", "damaged/b/2.png", "cannot be read as an image: "),
+        ("deep", "deep/b/1.tif", "cannot be read as an image: its pixels are of mode I"),
+        ("none", "none/a", "there is no image in this folder"),
+    ):
+        with pytest.raises(ValueError, match=f"^{tmp_path / path}: {words}"):
+            read(tmp_path / name)
+
+
+# --- files ---
+
+
+def chunk(name, content, length=None):
+    """A piece of a PNG file."""
+    length = struct.pack(">I", len(content) if length is None else length)
+    return length + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png(width, height, rows, *extra):
+    """The bytes of a grey PNG file with these sizes in its header, and more pieces after that."""
+    header = chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 0, 0, 0, 0))
+    pieces = (header, *extra, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(pieces)
+
+
+PIXELS = b"\0\1\2\3\0\4\5\6"  # two rows of three, each after its filter
+COMMENT = b"\0\0" + zlib.compress(bytes(1_000_000))
+HOSTILE_IMAGES = {
+    "nothing": b"",
+    "text": b"no image",
+    "a bomb": png(13_000, 13_000, bytes(13_000 * 500)),
+    "more pixels than Pillow takes": png(2**31 - 1, 2**31 - 1, PIXELS),
+    "no width": png(0, 2, PIXELS),
+    "no height": png(3, 0, PIXELS),
+    "a piece of two gigabytes": png(3, 2, PIXELS, chunk(b"IDAT", b"\0", 2**31 - 9)),
+    "comments of a hundred megabytes": png(
+        3, 2, PIXELS, *(chunk(b"zTXt", b"%d" % number + COMMENT) for number in range(100))
+    ),
+    "a program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 3 2\n%%EndComments\nshowpage\n",
+    "a screen of 4 gigapixels": b"GIF89a%s\0\0\0,\0\0\0\0%s\0\2\0;" % (b"\xff" * 4, b"\xff" * 4),
+}
+
+
+def one_image(tmp_path, content, name="0.png"):
+    """The path of an image, by itself in the folder of its class."""
+    (tmp_path / "class").mkdir(exist_ok=True)
+    path = tmp_path / "class" / name
+    path.write_bytes(content)
+    return path
+
+
+def image_refusal(path):
+    """What is said of an image in a folder that is read."""
+    message = refusal(lambda _: read(path.parents[1]), path)
+    assert message.startswith("cannot be read as an image: ")
+    return message
+
+
+@pytest.mark.usefixtures("image_module")
+@pytest.mark.parametrize("name", HOSTILE_IMAGES)
+def test_hostile_images_are_refused_without_a_warning_and_without_much_memory(name, tmp_path):
+    path = one_image(tmp_path, HOSTILE_IMAGES[name])
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        image_refusal(path)  # what Pillow imports at first is not meant
+        limit = len(HOSTILE_IMAGES[name]) + 8_000_000
+        assert peak_memory(lambda: image_refusal(path)) < limit
+    assert not warned
+
+
+@pytest.mark.usefixtures("image_module")
+def test_a_large_image_is_read(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (1100, 1000), np.uint8)
+    one_image(tmp_path, png(1000, 1100, np.insert(noise, 0, 0, axis=1).tobytes()))
+    np.testing.assert_array_equal(read(tmp_path)["x_train"][0, 0], noise / np.float32(255))
+
+
+@pytest.mark.usefixtures("image_module")
+def test_a_damaged_image_is_refused_or_right(tmp_path):
+    broken, refused = list(damaged(png(3, 2, PIXELS))), 0
+    for content in broken:
+        path = one_image(tmp_path, content)
+        try:
+            data = read(tmp_path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: cannot be read as an image: ")
+            refused += 1
+        else:
+            np.testing.assert_allclose(data["x_train"].ravel() * 255, [1, 2, 3, 4, 5, 6], 1e-6)
+    assert refused > len(broken) * 0.7
+
+
+@pytest.mark.usefixtures("image_module")
+@pytest.mark.parametrize("error", [KeyError("x"), struct.error("x"), IndexError("x"), EOFError()])
+def test_whatever_pillow_raises_is_said_of_the_image(error, tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.Image.Image.convert", mock.Mock(side_effect=error))
+    assert image_refusal(one_image(tmp_path, png(3, 2, PIXELS)))
+
+
+@pytest.mark.usefixtures("image_module")
+def test_only_files_that_are_images_and_not_hidden_are_read(tmp_path):
+    path = one_image(tmp_path, png(3, 2, PIXELS))
+    one_image(tmp_path, b"what macOS leaves", "._0.png")
+    one_image(tmp_path, b"another program's", "a.eps")
+    (tmp_path / "class" / "more").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "class" / "link.png").symlink_to(path)
+    assert read(tmp_path)["x_train"].shape == (2, 1, 2, 3)
+    (tmp_path / "class" / "1.png").symlink_to("nowhere")
+    assert image_refusal(tmp_path / "class" / "1.png")
+    path.unlink()
+    os.mkfifo(path)
+    message = refusal_in_time(read, tmp_path, path)
+    assert message == "cannot be read as an image: it is not a file"
+
+
+# --- another size ---
+
+
+@given(
+    shape=st.tuples(*[st.integers(0, 3)] * 2, *[st.integers(1, 9)] * 2),
+    size=st.integers(1, 12) | st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    dtype=st.sampled_from([np.float32, np.float64]),
+    axes=st.permutations(range(4)),
+    seed=st.integers(0, 1000),
+)
+def test_resize_takes_the_mean_of_the_area(shape, size, dtype, axes, seed):
+    pixels = np.random.default_rng(seed).random(shape).astype(dtype)
+    given_pixels = np.ascontiguousarray(pixels.transpose(axes)).transpose(np.argsort(axes))
+    given_pixels.flags.writeable = False
+    resized = images.resize(given_pixels, size)
+    height, width = size if isinstance(size, tuple) else (size, size)
+    # Every pixel cut into height x width parts, and these put together anew, can be counted.
+    parts = pixels.repeat(height, axis=2).repeat(width, axis=3)
+    blocks = parts.reshape(*shape[:2], height, shape[2], width, shape[3])
+    np.testing.assert_allclose(resized, blocks.mean(axis=(3, 5)), atol=1e-5)
+    assert (resized.dtype, resized.shape) == (dtype, (*shape[:2], height, width))
+    assert images.resize(pixels, size).tobytes() == resized.tobytes()
+
+
+@pytest.mark.filterwarnings("error")
+@given(
+    values=st.lists(
+        st.sampled_from([0.0, 1.0, -1.0, 1e-45, -1e-45, 1.7e38, -1.7e38]), min_size=12, max_size=12
+    ),
+    size=st.sampled_from([1, 2, (5, 3)]),
+)
+def test_resize_of_huge_and_tiny_values_is_no_nan_and_no_warning(values, size):
+    pixels = np.array(values, np.float32).reshape(1, 1, 3, 4)
+    assert not np.isnan(images.resize(pixels, size)).any()
+    pixels[0, 0, 1, 1] = np.inf
+    images.resize(pixels, 2)
+
+
+ONE = np.ones((1, 1, 2, 2))
+IMAGES = r"images must be \(N, C, H, W\), got shape "
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, "images must be a NumPy array", ([1.0], 2)),
+        (TypeError, "images must be a NumPy array", (None, 2)),
+        (TypeError, "images must be float32 or float64", (ONE.astype(np.uint8), 2)),
+        (ValueError, IMAGES + r"\(2, 3\)", (np.ones((2, 3)), 2)),
+        (ValueError, IMAGES + r"\(1, 1, 1, 2, 2\)", (ONE[None], 2)),
+        (ValueError, IMAGES + r"\(1, 1, 0, 2\)", (ONE[:, :, :0], 2)),
+        *((ValueError, "size must be at least 1", (ONE, bad)) for bad in (0, (2, 0), -1)),
+        *((TypeError, "size must be ", (ONE, bad)) for bad in (2.0, None, "2", (2, 2.5), True)),
+        *(((TypeError, ValueError), "size must be ", (ONE, bad)) for bad in ((2,), (1, 2, 3))),
+    ],
+)
+def test_resize_refuses_what_makes_no_sense(error, message, arguments):
+    with pytest.raises(error, match=f"^resize: {message}"):
+        images.resize(*arguments)
