@@ -2358,8 +2358,10 @@ def test_large_numbers_are_no_excuse_and_no_offence():
 
 def test_the_slope_at_a_kink_lies_between_those_of_its_sides():
     def kinked(slope_at_0, slope_elsewhere=3):
-        slope = lambda x: np.where(x > 0, slope_elsewhere, np.where(x < 0, 1, slope_at_0))  # noqa: E731
-        return elementwise_pair(lambda x: np.where(x > 0, 3 * x, x), slope)
+        return elementwise_pair(
+            lambda x: np.where(x > 0, 3 * x, x),
+            lambda x: np.where(x > 0, slope_elsewhere, np.where(x < 0, 1, slope_at_0)),
+        )
 
     x = np.array([[0.0, 1.0, -1.0]])
     for right in (1, 1.5, 2, 3):
@@ -3114,13 +3116,11 @@ def no_prediction(prediction):
 
 def no_gradients(grads):
     yield from dicts(grads)
-    lacks = "grads have an entry '{entry}' that params lack$"
-    yield {**grads, "x": Z}, ValueError, lacks.replace("{entry}", "x")
-    yield {**grads, "d": {"x": Z}}, ValueError, lacks.replace("{entry}", "d/x")
+    yield from value_error("grads have an entry 'x' that params lack$", {**grads, "x": Z})
+    yield from value_error("grads have an entry 'd/x' that params lack$", {**grads, "d": {"x": Z}})
     yield from at_leaves(grads, lambda leaf: kinds(leaf, "{path}: grads"))
-    words = r"{path}: grads have shape \(.*\), but params \("
-    other = lambda leaf: value_error(words, *other_axes(leaf), np.ones(1), np.ones(4))  # noqa: E731
-    yield from at_leaves(grads, other)
+    words, sizes = r"{path}: grads have shape \(.*\), but params \(", (np.ones(1), np.ones(4))
+    yield from at_leaves(grads, lambda leaf: value_error(words, *other_axes(leaf), *sizes))
 
 
 def no_params_of_step(params):
@@ -3174,12 +3174,11 @@ def no_plateau(state):
 def no_statistics(cache):
     bad = [one for one in NO_DICTS if not isinstance(one, np.ndarray)]
     yield from type_error("cache must be that of forward, got", *bad)
-    for bad in no_numbers(np.ones(3)):
-        if not isinstance(bad, np.ma.MaskedArray):
-            yield {"a": {"statistics": {"mean": bad}}}, TypeError, "mean must be an array"
-    for size in (1, 4):
-        bad = {"a": {"statistics": {"mean": np.ones(size)}}}
-        yield bad, ValueError, "mean is ndarray of float64 and shape"
+    path = "a/statistics/mean"
+    wrong = [replaced(cache, path, bad) for bad in no_numbers(np.ones(3))]
+    yield from type_error("mean must be an array of numbers, got", *wrong)
+    wrong = [replaced(cache, path, np.ones(size)) for size in (1, 4)]
+    yield from value_error("mean is ndarray of float64 and shape", *wrong)
 
 
 def no_running(params):
@@ -3259,7 +3258,7 @@ PARAMETERS = {  # parameter, or function.parameter: (a right value, rows of wron
     "*layers": ((nn.relu(),), [((bad,), kind, f"0 {words}") for bad, kind, words in NO_LAYERS]),
     "**named_layers": ({"a": nn.relu()}, [
         *(({"a": bad}, kind, f"a {words}") for bad, kind, words in NO_LAYERS),
-        *((({name: nn.relu()}), ValueError, f"a layer cannot be called '{name}'")
+        *(({name: nn.relu()}, ValueError, f"a layer cannot be called '{name}'")
           for name in ("0", "key", "statistics", "", "a/b")),
     ]),
     **dict.fromkeys(("branch", "shortcut"), (nn.relu(), NO_LAYERS)),
