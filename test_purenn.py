@@ -518,56 +518,44 @@ def test_leaving_out_dx_leaves_the_grads_as_they_are(name, data):
 # Layers against their formulas
 # ------------------------------------------------------------------------------------------------
 
-FORMULAS = {
-    "identity": (nn.identity(), lambda x: x),
-    "relu": (nn.relu(), lambda x: max(x, 0.0)),
-    "leaky_relu": (nn.leaky_relu(), lambda x: x if x > 0 else 0.01 * x),
-    "leaky_relu(0.3)": (nn.leaky_relu(0.3), lambda x: x if x > 0 else 0.3 * x),
-    "elu": (nn.elu(), lambda x: x if x > 0 else math.exp(x) - 1),
-    "elu(2)": (nn.elu(2), lambda x: x if x > 0 else 2 * (math.exp(x) - 1)),
-    "sigmoid": (nn.sigmoid(), lambda x: 1 / (1 + math.exp(-x))),
-    "tanh": (nn.tanh(), math.tanh),
-    "softplus": (nn.softplus(), lambda x: math.log(1 + math.exp(x))),
+FORMULAS = {  # name: (layer, formula, y at -10,000 and at 10,000 and the slopes there)
+    "identity": (nn.identity(), lambda x: x, (-1e4, 1e4, 1, 1)),
+    "relu": (nn.relu(), lambda x: max(x, 0.0), (0, 1e4, 0, 1)),
+    "leaky_relu": (nn.leaky_relu(), lambda x: max(x, 0.01 * x), (-1e2, 1e4, 0.01, 1)),
+    "leaky_relu(0.3)": (nn.leaky_relu(0.3), lambda x: max(x, 0.3 * x), (-3e3, 1e4, 0.3, 1)),
+    "elu": (nn.elu(), lambda x: x if x > 0 else math.exp(x) - 1, (-1, 1e4, 0, 1)),
+    "elu(2)": (nn.elu(2), lambda x: x if x > 0 else 2 * (math.exp(x) - 1), (-2, 1e4, 0, 1)),
+    "sigmoid": (nn.sigmoid(), lambda x: 1 / (1 + math.exp(-x)), (0, 1, 0, 0)),
+    "tanh": (nn.tanh(), math.tanh, (-1, 1, 0, 0)),
+    "softplus": (nn.softplus(), lambda x: math.log(1 + math.exp(x)), (0, 1e4, 0, 1)),
     "gelu": (
         nn.gelu(),
         lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+        (0, 1e4, 0, 1),
     ),
-    "silu": (nn.silu(), lambda x: x / (1 + math.exp(-x))),
-}
-LIMITS = {  # y at -10,000 and at 10,000, and the slopes there
-    "identity": (-1e4, 1e4, 1, 1),
-    "relu": (0, 1e4, 0, 1),
-    "leaky_relu": (-1e2, 1e4, 0.01, 1),
-    "leaky_relu(0.3)": (-3e3, 1e4, 0.3, 1),
-    "elu": (-1, 1e4, 0, 1),
-    "elu(2)": (-2, 1e4, 0, 1),
-    "sigmoid": (0, 1, 0, 0),
-    "tanh": (-1, 1, 0, 0),
-    "softplus": (0, 1e4, 0, 1),
-    "gelu": (0, 1e4, 0, 1),
-    "silu": (0, 1e4, 0, 1),
+    "silu": (nn.silu(), lambda x: x / (1 + math.exp(-x)), (0, 1e4, 0, 1)),
 }
 
 
 @pytest.mark.parametrize("name", FORMULAS)
 @given(x=st.lists(st.floats(-20, 20), min_size=1, max_size=6))
 def test_activations_are_their_formulas(name, x):
-    layer, formula = FORMULAS[name]
+    layer, formula, _ = FORMULAS[name]
     y, _ = layer.forward({}, np.array(x))
     np.testing.assert_allclose(y, [formula(value) for value in x], rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("name", FORMULAS)
 @pytest.mark.usefixtures("no_warnings")
 def test_activations_are_right_at_large_inputs_without_a_warning(name, dtype):
-    layer, _ = FORMULAS[name]
+    layer, _, limits = FORMULAS[name]
     y, cache = layer.forward({}, np.array([-1e4, 1e4], dtype))
     dx, _ = layer.backward({}, cache, np.ones(2, dtype))
-    np.testing.assert_allclose([*y, *dx], LIMITS[name], rtol=1e-6)
+    np.testing.assert_allclose([*y, *dx], limits, rtol=1e-6)
     y, cache = layer.forward({}, np.array([-1e30, 1e30], dtype))
     dx, _ = layer.backward({}, cache, np.ones(2, dtype))
-    np.testing.assert_allclose(dx, LIMITS[name][2:], rtol=1e-6)
+    np.testing.assert_allclose(dx, limits[2:], rtol=1e-6)
     assert np.isfinite(y).all()
 
 
@@ -675,13 +663,6 @@ def test_a_mapped_file_is_an_array(tmp_path):
 # --- dropout ---
 
 
-def test_dropout_at_inference_is_the_identity():
-    x = np.ones((3, 4), np.float32)
-    y, cache = nn.dropout(0.9).forward({}, x)
-    np.testing.assert_array_equal(y, x)
-    np.testing.assert_array_equal(nn.dropout(0.9).backward({}, cache, 3 * x)[0], 3 * x)
-
-
 @given(rate=st.sampled_from([0.0, 0.1, 0.5, 0.75]), seed=st.integers(0, 10**6))
 def test_dropout_drops_its_share_and_scales_the_rest(rate, seed):
     x = np.full((100, 100), 3.0)
@@ -691,6 +672,9 @@ def test_dropout_drops_its_share_and_scales_the_rest(rate, seed):
     assert abs(kept.mean() - (1 - rate)) <= 5 * math.sqrt(rate * (1 - rate) / x.size)
     dx, _ = nn.dropout(rate).backward({}, cache, 2 * x)
     np.testing.assert_allclose(dx, np.where(kept, 6 / (1 - rate), 0))
+    at_inference, cache = nn.dropout(rate).forward({}, x)
+    assert at_inference is x
+    np.testing.assert_array_equal(nn.dropout(rate).backward({}, cache, 2 * x)[0], 2 * x)
 
 
 def test_dropout_of_nothing_drops_nothing_even_where_a_0_is_drawn():
@@ -1209,17 +1193,9 @@ def test_residual_adds_and_refuses_what_cannot_be_added():
     assert nn.residual(nn.relu()).init(0, (4,)) == ({}, (4,))
 
 
-def test_names_of_layers_are_checked():
-    for bad in ("key", "statistics", "", "a/b"):
-        with pytest.raises(ValueError, match=f"sequential: a layer cannot be called '{bad}'"):
-            nn.sequential(**{bad: nn.relu()})
-    with pytest.raises(ValueError, match="sequential: a layer cannot be called '0'"):
-        nn.sequential(nn.relu(), **{"0": nn.relu()})
-
-
 # --- need_dx: the gradient of the data is left out where nobody wants it ---
 
-ASKED = []  # what was said of need_dx to one of the functions below
+ASKED: list = []  # what was said of need_dx to one of the functions below
 
 
 def takes_keyword_only(params, cache, dy, *, need_dx=True):
@@ -1392,7 +1368,9 @@ def users_backward(params, cache, dy):
 class UsersLayer:
     """A layer that is no Layer."""
 
-    init, forward, backward = map(staticmethod, (users_init, users_forward, users_backward))
+    init = staticmethod(users_init)
+    forward = staticmethod(users_forward)
+    backward = staticmethod(users_backward)
 
     def __repr__(self):
         return "UsersLayer()"
@@ -1434,7 +1412,8 @@ def test_a_key_is_the_same_in_all_its_forms(key):
     expected = nn.uniform(1.0)(key, (4,))
     for form in (folded, folded.copy(), list(key) if isinstance(key, tuple) else np.array([key])):
         np.testing.assert_array_equal(nn.uniform(1.0)(form, (4,)), expected)
-    assert list(nn.fold_key(key, 7)) == [*folded, 7]
+    for index in (0, 7, 2**32 - 1):
+        assert list(nn.fold_key(key, index)) == [*folded, index]
 
 
 def test_a_users_array_of_uint32_is_no_key_array():
@@ -1448,15 +1427,6 @@ def test_a_users_array_of_uint32_is_no_key_array():
         assert nn.fold_key(numbers, 0).tolist() == nn.fold_key(numbers.tolist(), 0).tolist()
 
 
-def test_a_child_is_numbered_below_2_to_the_32():
-    assert nn.fold_key(0, 2**32 - 1)[-1] == 2**32 - 1
-    for bad in (2**32, 2**32 + 1):
-        with pytest.raises(
-            ValueError, match=rf"^fold_key: index must be below 2\*\*32, got {bad}$"
-        ):
-            nn.fold_key(0, bad)
-
-
 def test_training_adds_a_key_to_a_copy():
     params = {"W": np.ones(2)}
     in_training = nn.training(params, (1, 2))
@@ -1468,17 +1438,16 @@ def test_training_adds_a_key_to_a_copy():
 def test_the_key_of_a_child_decides_its_numbers():
     one, two = nn.fold_key((3, 4), 0), nn.fold_key((3, 4), 1)
     assert not np.array_equal(nn.uniform(1.0)(one, (4,)), nn.uniform(1.0)(two, (4,)))
-    rate, x = 0.5, np.ones((20, 20))
-    net = nn.sequential(nn.relu(), drop=nn.dropout(rate))
+    net, x = nn.sequential(nn.relu(), drop=nn.dropout(0.5)), np.ones((20, 20))
     _, cache = net.forward(nn.training({}, (3, 4)), x)
-    _, alone = nn.dropout(rate).forward({"key": two}, x)
+    _, alone = nn.dropout(0.5).forward({"key": two}, x)
     np.testing.assert_array_equal(cache["drop"]["mask"], alone["mask"])
 
 
-FANS = [((300, 200), 300, 200), ((40, 30, 5, 4), 600, 800), ((50, 60, 9), 540, 450)]
-
-
-@pytest.mark.parametrize(("shape", "fan_in", "fan_out"), FANS)
+@pytest.mark.parametrize(
+    ("shape", "fan_in", "fan_out"),
+    [((300, 200), 300, 200), ((40, 30, 5, 4), 600, 800), ((50, 60, 9), 540, 450)],
+)
 def test_initializers_have_the_moments_that_their_fans_ask_for(shape, fan_in, fan_out):
     spreads = {
         nn.xavier_normal: math.sqrt(2 / (fan_in + fan_out)),
@@ -1656,15 +1625,9 @@ def test_norms_and_clipping(seed, limit):
     np.testing.assert_allclose(whole, [0.6, 0.8])
     half = nn.clip_gradients({"a": np.array([3, 4], np.float16)}, 1.0)["a"]
     assert half.dtype == np.float16
-
-
-@pytest.mark.parametrize(
-    "helper", [lambda g: nn.clip_gradients(g, 0.1), lambda g: nn.tree_add(g, g)]
-)
-def test_gradients_without_axes_stay_arrays(helper):
-    params = {"scale": np.array(3.0, np.float32)}
-    optimizer = nn.sgd(0.1)
-    optimizer.step(params, helper(params), optimizer.init(params))
+    scale = {"scale": np.array(3.0, np.float32)}  # arrays without axes stay arrays
+    for result in (nn.clip_gradients(scale, 0.1), nn.tree_add(scale, scale)):
+        assert type(result["scale"]) is np.ndarray
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1830,7 +1793,7 @@ def test_l2_penalty_is_on_matrices_and_kernels_alone(tree, coefficient):
 ONE_BAD = {  # name: (the loss of values (2, 2) of which one is bad, what it says)
     **{
         loss.__name__: (
-            lambda values, loss=loss: loss(np.full((2, 2), 0.5), values),
+            partial(loss, np.full((2, 2), 0.5)),
             f"{loss.__name__}: target probabilities must be numbers from 0 to 1",
         )
         for loss in (nn.softmax_cross_entropy, nn.cross_entropy)
@@ -1989,17 +1952,6 @@ def test_optimizers_follow_their_rules(name, seed, lr, weight_decay, dtype):
             assert (type(leaf), leaf.dtype, leaf.shape) == (np.ndarray, dtype, expected[path].shape)
             tolerance = 1e-10 if dtype == np.float64 else 2e-4
             np.testing.assert_allclose(leaf, expected[path], rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("constructor", [nn.sgd, nn.rmsprop])
-def test_a_scheduled_momentum_is_checked_at_its_step(constructor):
-    optimizer = constructor(0.1, momentum=lambda step: 0.5 * step)
-    params = some_params(1)
-    state = optimizer.init(params)
-    for _ in range(2):
-        params, state = optimizer.step(params, params, state)
-    with pytest.raises(ValueError, match="momentum at step 2 must be >= 0 and < 1, got 1"):
-        optimizer.step(params, params, state)
 
 
 @every_optimizer
@@ -2250,43 +2202,24 @@ def test_a_right_pair_of_a_stranger_passes():
     nn.check_gradients(Stranger(dx=lambda dx: dx * 1.001), params, x, rtol=1e-2)
 
 
-NUMBER = r"-?[\d.]+"
+BY_BOTH = r"is -?[\d.]+ by backward, but -?[\d.]+ by central differences$"
 WRONG_GRADIENTS = {  # name: (what is done to the gradients, size of W, what is said)
-    "sign": ({"b": np.negative}, (3, 3), rf"grads/b\[0\] is {NUMBER} by backward, but {NUMBER} by"),
-    "factor": (
-        {"W": lambda W: W / 4},
-        (3, 3),
-        r"grads/W\[0, 0\] is .* by backward, but .* by central",
-    ),
+    "sign": ({"b": np.negative}, (3, 3), rf"grads/b\[0\] {BY_BOTH}"),
+    "factor": ({"W": lambda W: W / 4}, (3, 3), rf"grads/W\[0, 0\] {BY_BOTH}"),
     "transposed": ({"W": np.transpose}, (3, 3), r"grads/W\[0, 1\] is"),
-    "high": (
-        {"W": np.transpose},
-        (2, 3),
-        r"grads/W has shape \(3, 2\), but what it is .* has \(2, 3\)",
-    ),
-    "wide": (
-        {"W": np.transpose},
-        (3, 2),
-        r"grads/W has shape \(2, 3\), but what it is .* has \(3, 2\)",
-    ),
+    "high": ({"W": np.transpose}, (2, 3), r"grads/W has shape \(3, 2\), but .* has \(2, 3\)"),
+    "wide": ({"W": np.transpose}, (3, 2), r"grads/W has shape \(2, 3\), but .* has \(3, 2\)"),
     "zero": ({"b": np.zeros_like}, (3, 3), r"grads/b\[0\] is 0 by backward"),
     "missing": ({"b": lambda b: None}, (3, 3), r"grads/b\[0\] is 0 by backward"),
     "dx": ({"dx": lambda dx: dx * 1.001}, (3, 3), r"dx\[0, 0\] is"),
-    "unknown": ({"c": lambda nothing: np.ones(3)}, (3, 3), r"grads have 'c', but params do not"),
+    "unknown": ({"c": lambda _: np.ones(3)}, (3, 3), r"grads have 'c', but params do not"),
     "one of many": ({"W": plus(1e-3, 123, 45)}, (400, 300), r"grads/W\[123, 45\] is"),
     "one of dx": ({"dx": plus(0.5, 2, 29)}, (50, 3), r"dx\[2, 29\] is"),
-    **{
-        str(value): ({"b": plus(value, 1)}, (3, 3), rf"grads/b\[1\] is {value}")
-        for value in (math.nan, math.inf, -math.inf)
-    },
-    **{
-        f"{value} of many": (
-            {"W": plus(value, 123, 45)},
-            (400, 300),
-            rf"grads/W\[123, 45\] is {value}",
-        )
-        for value in (math.nan, math.inf)
-    },
+    "nan": ({"b": plus(math.nan, 1)}, (3, 3), r"grads/b\[1\] is nan"),
+    "inf": ({"b": plus(math.inf, 1)}, (3, 3), r"grads/b\[1\] is inf"),
+    "-inf": ({"b": plus(-math.inf, 1)}, (3, 3), r"grads/b\[1\] is -inf"),
+    "nan of many": ({"W": plus(math.nan, 123, 45)}, (400, 300), r"grads/W\[123, 45\] is nan"),
+    "inf of many": ({"W": plus(math.inf, 123, 45)}, (400, 300), r"grads/W\[123, 45\] is inf"),
 }
 
 
@@ -2427,8 +2360,10 @@ def test_large_numbers_are_no_excuse_and_no_offence():
 
 def test_the_slope_at_a_kink_lies_between_those_of_its_sides():
     def kinked(slope_at_0, slope_elsewhere=3):
-        slope = lambda x: np.where(x > 0, slope_elsewhere, np.where(x < 0, 1, slope_at_0))  # noqa: E731
-        return elementwise_pair(lambda x: np.where(x > 0, 3 * x, x), slope)
+        return elementwise_pair(
+            lambda x: np.where(x > 0, 3 * x, x),
+            lambda x: np.where(x > 0, slope_elsewhere, np.where(x < 0, 1, slope_at_0)),
+        )
 
     x = np.array([[0.0, 1.0, -1.0]])
     for right in (1, 1.5, 2, 3):
@@ -3183,13 +3118,11 @@ def no_prediction(prediction):
 
 def no_gradients(grads):
     yield from dicts(grads)
-    lacks = "grads have an entry '{entry}' that params lack$"
-    yield {**grads, "x": Z}, ValueError, lacks.replace("{entry}", "x")
-    yield {**grads, "d": {"x": Z}}, ValueError, lacks.replace("{entry}", "d/x")
+    yield from value_error("grads have an entry 'x' that params lack$", {**grads, "x": Z})
+    yield from value_error("grads have an entry 'd/x' that params lack$", {**grads, "d": {"x": Z}})
     yield from at_leaves(grads, lambda leaf: kinds(leaf, "{path}: grads"))
-    words = r"{path}: grads have shape \(.*\), but params \("
-    other = lambda leaf: value_error(words, *other_axes(leaf), np.ones(1), np.ones(4))  # noqa: E731
-    yield from at_leaves(grads, other)
+    words, sizes = r"{path}: grads have shape \(.*\), but params \(", (np.ones(1), np.ones(4))
+    yield from at_leaves(grads, lambda leaf: value_error(words, *other_axes(leaf), *sizes))
 
 
 def no_params_of_step(params):
@@ -3243,12 +3176,11 @@ def no_plateau(state):
 def no_statistics(cache):
     bad = [one for one in NO_DICTS if not isinstance(one, np.ndarray)]
     yield from type_error("cache must be that of forward, got", *bad)
-    for bad in no_numbers(np.ones(3)):
-        if not isinstance(bad, np.ma.MaskedArray):
-            yield {"a": {"statistics": {"mean": bad}}}, TypeError, "mean must be an array"
-    for size in (1, 4):
-        bad = {"a": {"statistics": {"mean": np.ones(size)}}}
-        yield bad, ValueError, "mean is ndarray of float64 and shape"
+    path = "a/statistics/mean"
+    wrong = [replaced(cache, path, bad) for bad in no_numbers(np.ones(3))]
+    yield from type_error("mean must be an array of numbers, got", *wrong)
+    wrong = [replaced(cache, path, np.ones(size)) for size in (1, 4)]
+    yield from value_error("mean is ndarray of float64 and shape", *wrong)
 
 
 def no_running(params):
@@ -3300,7 +3232,8 @@ PARAMETERS = {  # parameter, or function.parameter: (a right value, rows of wron
     **dict.fromkeys(("momentum", "beta1", "beta2", "decay"), (0.9, BELOW_1)),
     **dict.fromkeys(("factor", "rise"), (0.1, SHARE)),
     **dict.fromkeys(("exponential.decay", "update_statistics.momentum"), (0.1, SHARE)),
-    **dict.fromkeys(("index", "patience", "step"), (1, whole(0))),
+    **dict.fromkeys(("patience", "step"), (1, whole(0))),
+    "index": (1, whole(0) + value_error(r"must be below 2\*\*32, got 42949672", 2**32, 2**32 + 1)),
     **dict.fromkeys(("out", "shards", "count", "batches.size"), (4, whole(1))),
     **dict.fromkeys(("every", "steps", "half_cycle"), (4, whole(1))),
     **dict.fromkeys(("kernel", "stride", "size"), (2, pair_of(1))),
@@ -3327,7 +3260,8 @@ PARAMETERS = {  # parameter, or function.parameter: (a right value, rows of wron
     "*layers": ((nn.relu(),), [((bad,), kind, f"0 {words}") for bad, kind, words in NO_LAYERS]),
     "**named_layers": ({"a": nn.relu()}, [
         *(({"a": bad}, kind, f"a {words}") for bad, kind, words in NO_LAYERS),
-        *value_error("a layer cannot be called", {"key": nn.relu()}),
+        *(({name: nn.relu()}, ValueError, f"a layer cannot be called '{name}'")
+          for name in ("0", "key", "statistics", "", "a/b")),
     ]),
     **dict.fromkeys(("branch", "shortcut"), (nn.relu(), NO_LAYERS)),
     "training.params": ({}, dicts),
@@ -3445,15 +3379,6 @@ def called(function, arguments):
     return function(**named)
 
 
-def check_refusal(function, arguments, parameter, bad, kind, words):
-    """A wrong argument is refused in one line with these words at its start."""
-    with pytest.raises((TypeError, ValueError)) as refusal:
-        called(function, {**arguments, parameter: bad})
-    assert type(refusal.value) is kind, (parameter, bad, refusal.value)
-    assert re.match(words, str(refusal.value)), (parameter, bad, refusal.value, words)
-    assert "\n" not in str(refusal.value)
-
-
 @pytest.mark.parametrize("name", EVERY_FUNCTION)
 def test_every_argument_is_refused_if_it_is_wrong(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -3471,7 +3396,11 @@ def test_every_argument_is_refused_if_it_is_wrong(name, tmp_path, monkeypatch):
         for bad, kind, words in rows:
             words = f"{said} {words}" if words.startswith("must") else words
             words = words[1:] if words.startswith("^") else f"{where}: {words}"
-            check_refusal(function, right, parameter, bad, kind, rf"(\w+: )*{words}")
+            with pytest.raises((TypeError, ValueError)) as refusal:
+                called(function, {**right, parameter: bad})
+            assert type(refusal.value) is kind, (parameter, bad, refusal.value)
+            one_line = re.fullmatch(rf"(\w+: )*{words}.*", str(refusal.value))
+            assert one_line, (parameter, bad, refusal.value, words)
 
 
 def test_every_row_about_a_parameter_is_used():
@@ -3633,7 +3562,8 @@ def test_every_argument_of_a_layer_is_refused_if_it_is_wrong(name, data):
 LINEAR, CONV = nn.linear(9), nn.conv2d(4, 3, groups=2)
 FEATURES = {"gamma": (3,), "beta": (3,)}
 CHANNELS = {**FEATURES, "mean": (3,), "var": (3,)}
-DOES_NOT_FIT = [  # (layer, shape of x, shapes of its params, what is said after its name)
+EMPTY = "; only N may be empty"
+DOES_NOT_FIT: list = [  # (layer, shape of x, shapes of its params, what is said after its name)
     (LINEAR, (2, 100), {"W": (784, 10)}, "x has 100 features, but W takes 784"),
     (LINEAR, (4, 3, 5), {"W": (3, 2)}, "x has 5 features, but W takes 3"),
     (LINEAR, (2, 4), {"W": (4, 3), "b": (2,)}, "W has 3 outputs, but b takes 2"),
@@ -3641,13 +3571,14 @@ DOES_NOT_FIT = [  # (layer, shape of x, shapes of its params, what is said after
     (LINEAR, (2, 4), {"W": (4,)}, "W must be (in, out), got shape (4,)"),
     (LINEAR, (2, 4), {"W": (4, 3, 2)}, "W must be (in, out), got shape (4, 3, 2)"),
     (LINEAR, (4,), {"W": (4, 3)}, "x must be (N, ..., in), got shape (4,)"),
-    (LINEAR, (2, 4), {"W": (4, 3), "V": ()}, "params have unknown entries ['V'], expected ['W', 'b']"),
+    (LINEAR, (2, 4), {"W": (4, 3), "V": ()},
+     "params have unknown entries ['V'], expected ['W', 'b']"),
     (LINEAR, (2, 4), {}, "there is no entry 'W' in []"),
     (nn.flatten(), (), {}, "x must be (N, ...), got shape ()"),
     (nn.softmax(), (4,), {}, "x must be (N, ..., classes), got shape (4,)"),
-    (nn.log_softmax(), (2, 3, 0), {}, "x must be (N, ..., classes), got shape (2, 3, 0)"),
+    (nn.log_softmax(), (2, 3, 0), {}, "x must be (N, ..., classes), got shape (2, 3, 0)" + EMPTY),
     (nn.layer_norm(), (4,), FEATURES, "x must be (N, ..., in), got shape (4,)"),
-    (nn.layer_norm(), (2, 3, 0), FEATURES, "x must be (N, ..., in), got shape (2, 3, 0)"),
+    (nn.layer_norm(), (2, 3, 0), FEATURES, "x must be (N, ..., in), got shape (2, 3, 0)" + EMPTY),
     *(
         (layer, (2, 3), {**entries, name: (size,)}, f"x has 3 {what}, but {name} takes {size}")
         for layer, entries, what in [
@@ -3683,8 +3614,8 @@ DOES_NOT_FIT = [  # (layer, shape of x, shapes of its params, what is said after
             ((2, 5, 5), "; a single image needs x[None], gray images need x[:, None]"),
             ((1, 2), ""),
             ((1, 1, 2, 5, 5), ""),
-            ((1, 2, 0, 5), ""),
-            ((1, 2, 5, 0), ""),
+            ((1, 2, 0, 5), EMPTY),
+            ((1, 2, 5, 0), EMPTY),
         ]
     ),
     *(
@@ -3717,7 +3648,8 @@ def forward_of_ones(layer, shape, shapes):
     return layer.forward({name: np.ones(sizes) for name, sizes in shapes.items()}, np.ones(shape))
 
 
-SENTENCES = [  # (call, exception, what is said)
+UNTYPED: Any = nn  # mypy would refuse what is refused here
+SENTENCES: list = [  # (call, exception, what is said)
     *((partial(forward_of_ones, *row), ValueError, f"{name_of(row[0].forward)}: {words}")
       for *row, words in DOES_NOT_FIT),
     *((partial(layer.init, 0, shape), ValueError, f"{name_of(layer.init)}: {words}")
@@ -3732,11 +3664,11 @@ SENTENCES = [  # (call, exception, what is said)
      "sgd: params have a key; give step those without, not training(...)"),
     (lambda: nn.save("x.npz", nn.training({}, 0)), ValueError,
      "save: the tree has a key; save the params without, not training(...)"),
-    (lambda: nn.linear(2.5), TypeError, "linear: out must be a whole number, got 2.5"),
-    (lambda: nn.sequential(3), TypeError, "sequential: 0 must be a layer, but 3 has no init"),
-    (lambda: nn.sequential(types.SimpleNamespace(init=print)), TypeError,
+    (lambda: UNTYPED.linear(2.5), TypeError, "linear: out must be a whole number, got 2.5"),
+    (lambda: UNTYPED.sequential(3), TypeError, "sequential: 0 must be a layer, but 3 has no init"),
+    (lambda: UNTYPED.sequential(types.SimpleNamespace(init=print)), TypeError,
      "sequential: 0 must be a layer, but SimpleNamespace has no forward"),
-    (lambda: nn.value_and_grad(None, nn.hinge), TypeError,
+    (lambda: UNTYPED.value_and_grad(None, nn.hinge), TypeError,
      "value_and_grad: net must be a layer, but None has no forward"),
     (lambda: nn.softmax_cross_entropy(Z, np.array([0, 3])), ValueError,
      "softmax_cross_entropy: labels must be from 0 to 2, got 0 to 3"),
@@ -3747,8 +3679,12 @@ SENTENCES = [  # (call, exception, what is said)
     (lambda: nn.cross_entropy(2 * Z, LABELS), ValueError,
      "cross_entropy: probabilities must be from 0 to 1; for logits use softmax_cross_entropy"),
     (lambda: nn.sgd(0.1, nesterov=True), ValueError, "sgd: nesterov needs a momentum above 0"),
-    (lambda: nn.sgd(lambda step: "fast").step({}, {}, nn.sgd(1).init({})), TypeError,
+    (lambda: UNTYPED.sgd(lambda step: "fast").step({}, {}, nn.sgd(1).init({})), TypeError,
      "sgd: lr at step 0 must be a number, got 'fast'"),
+    *((lambda f=f: f(1, momentum=lambda step: step / 2).step(
+        {}, {}, {**f(1, momentum=0.5).init({}), "step": 2}), ValueError,
+       f"{f.__name__}: momentum at step 2 must be >= 0 and < 1, got 1.0")
+      for f in (nn.sgd, nn.rmsprop)),
     *((lambda bad=bad: nn.adam(lambda step: bad).step({}, {}, nn.adam().init({})), ValueError,
        f"adam: lr at step 0 must be >= 0, got {bad}") for bad in (math.nan, math.inf, -0.1)),
     *((partial(init, 0, (3,)), ValueError,
