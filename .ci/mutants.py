@@ -64,7 +64,8 @@ class Mutant(NamedTuple):
     statement: tuple[int, int]  # its first and last line
     lines: tuple[int, int]  # those of the change
     text: str  # the statement, changed
-    forks: bool  # whether a fork can swap in all that changes; decorators stay as they were
+    forks: bool  # whether a fork can swap in some of what changes; it cannot take off decorators
+    imports: bool  # whether some of it has been run by the import of purenn
 
     @property
     def key(self) -> str:
@@ -144,8 +145,9 @@ def make_mutants(source: str, only: list[str]) -> Iterator[Mutant]:
                 if (evaluated := dump_evaluated(new)) not in seen:
                     seen.add(evaluated)
                     changed = (first + start[0] - 1, first + end[0] - 1)
-                    forks = name not in imported and changed[0] >= node.lineno
-                    yield Mutant(name, (first, last), changed, new, forks)
+                    forks = changed[0] >= node.lineno
+                    imports = name in imported or not forks
+                    yield Mutant(name, (first, last), changed, new, forks, imports)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -286,8 +288,8 @@ class Trial:
         names = self.tests_of(mutant)
         before, after = self.lines[: mutant.statement[0] - 1], self.lines[mutant.statement[1] :]
         self.path.write_text("".join([*before, mutant.text, *after]), encoding="utf-8")
-        by = self.killed_in_fork(mutant, names)
-        if by is None and not mutant.forks:
+        by = self.killed_in_fork(mutant, names) if mutant.forks else None
+        if by is None and mutant.imports:
             by = self.killed_in_new_pytest(names)
         if by is not None and by in self.items:
             recent = self.killers[mutant.name]
