@@ -69,6 +69,16 @@ def refusal(read, path):
     return str(caught.value).removeprefix(f"{path}: ")
 
 
+def outcome(read, path):
+    """(what `read` gives, ""), or (None, the message of its ValueError, which names the file)."""
+    try:
+        return read(path), ""
+    except ValueError as error:
+        message = str(error)
+    assert message.startswith(f"{path}: cannot be read")
+    return None, message
+
+
 def refusal_in_time(read, path, named=None):
     """`refusal`, of a file that `named` may name instead; fails where `read` waits for a pipe."""
     messages = []

@@ -15,7 +15,7 @@ SCHEDULED = [  # (--schedule and its options, {step: rate}) in 10 epochs of 100 
         {"schedule": "step", "lr_factor": 0.5, "lr_epochs": (1.5,)},
         {149: 0.5, 150: 0.25, 300: 0.125, 999: 0.5**7},
     ),
-    ({"schedule": "multistep"}, {499: 0.5, 500: 0.05, 750: 0.005}),
+    ({"schedule": "multistep"}, {499: 0.5, 500: 0.05, 749: 0.05, 750: 0.005}),
     ({"schedule": "multistep", "lr_epochs": (2.0, 8.0)}, {199: 0.5, 200: 0.05, 800: 0.005}),
     ({"schedule": "exponential"}, {0: 0.5, 1000: 0.005}),
     ({"schedule": "exponential", "lr_factor": 0.9}, {0: 0.5, 300: 0.5 * 0.9**3}),

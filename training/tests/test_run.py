@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -190,6 +191,7 @@ MISTAKES = {  # arguments: what is said
 }
 
 
+@pytest.mark.filterwarnings("error")  # of NumPy, about a rate that is much too high
 @pytest.mark.parametrize("arguments", MISTAKES)
 def test_a_mistake_is_answered_with_one_line_and_exit_2(
     arguments, blob_file, tmp_path, monkeypatch, capsys
@@ -234,6 +236,13 @@ def test_exit_codes(error, code, words, capsys):
 def test_a_bug_is_a_traceback_and_no_mistake_of_the_user():
     with pytest.raises(ZeroDivisionError):
         run.exit_code("a.py", lambda: 1 // 0)
+
+
+def test_ranks_that_do_not_agree_are_found_before_the_training(blob_file, monkeypatch, capsys):
+    refuse = mock.Mock(side_effect=ValueError("rank 1 does not do what rank 0 does"))
+    monkeypatch.setattr(run, "check_ranks_agree", refuse)
+    assert train_on(blob_file) == 2
+    assert capsys.readouterr().out == ""
 
 
 def test_training_works_outside_the_main_thread(blob_file):

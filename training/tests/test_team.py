@@ -165,34 +165,32 @@ def test_the_result_depends_on_the_shards_and_not_on_the_workers(build, options,
     assert results[3, 1] != results[1, 1]
 
 
-@pytest.mark.parametrize(
-    ("options", "ranks", "shards", "workers"),
-    [
-        (MLPOptions(), 1, 1, 1),
-        (CNNOptions(workers=2), 1, 2, 2),
-        (CNNOptions(workers=1), 1, 2, 1),
-        (MLPOptions(shards=5, workers=4), 1, 5, 4),
-        (CNNOptions(mpi=True), 3, 3, 1),
-        (MLPOptions(mpi=True, workers=2), 3, 6, 2),
-        (MLPOptions(mpi=True, shards=4, workers=2), 3, 4, 2),
-        (MLPOptions(workers=2), 1, "--workers 2 is too many: each process has 1 of the 1", 0),
-        (CNNOptions(workers=3), 1, "--workers 3 is too many: each process has 2 of the 2", 0),
-        (MLPOptions(mpi=True, shards=3, workers=2), 3, "each process has 1 of the 3 shards", 0),
-        (MLPOptions(mpi=True, shards=2), 3, "--shards 2 leaves some of the 3 ranks without", 0),
-    ],
-)
-def test_as_many_shards_and_workers_as_the_options_say(
-    options, ranks, shards, workers, monkeypatch
-):
+SHARED = [  # (options, ranks, what each has of them: shards and workers, or what is said)
+    (MLPOptions(), 1, (1, 1)),
+    (CNNOptions(workers=2), 1, (2, 2)),
+    (CNNOptions(workers=1), 1, (2, 1)),
+    (MLPOptions(shards=5, workers=4), 1, (5, 4)),
+    (CNNOptions(mpi=True), 3, (3, 1)),
+    (MLPOptions(mpi=True, workers=2), 3, (6, 2)),
+    (MLPOptions(mpi=True, shards=4, workers=2), 3, (4, 2)),
+    (MLPOptions(workers=2), 1, "--workers 2 is too many: each process has 1 of the 1 shards"),
+    (CNNOptions(workers=3), 1, "--workers 3 is too many: each process has 2 of the 2 shards"),
+    (MLPOptions(mpi=True, shards=3, workers=2), 3, "--workers 2 is too many: each process has 1"),
+    (MLPOptions(mpi=True, shards=2), 3, "--shards 2 leaves some of the 3 ranks without work"),
+]
+
+
+@pytest.mark.parametrize(("options", "ranks", "expected"), SHARED)
+def test_as_many_shards_and_workers_as_the_options_say(options, ranks, expected, monkeypatch):
     rank = FakeRank(0, None, [None] * ranks)
     monkeypatch.setattr(team, "all_ranks", lambda: rank)
     monkeypatch.setattr(team, "own_cores", lambda communicator: 2)
-    if isinstance(shards, str):
-        with pytest.raises(ValueError, match=shards), team.open_team(options):
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected), team.open_team(options):
             pass
         return
     with team.open_team(options) as own:
-        assert (own.shards, own.workers, own.ranks, own.rank) == (shards, workers, ranks, 0)
+        assert (own.shards, own.workers, own.ranks, own.rank) == (*expected, ranks, 0)
         assert (f"in each of {ranks} ranks" in team.describe_team(own)) == (ranks > 1)
         assert list(own.map(abs, [-1, 2, -3])) == [1, 2, 3]
 

@@ -1,7 +1,6 @@
 """Threads of BLAS: a first import gives it one for each worker, in any script."""
 
 import ast
-import os
 
 import pytest
 
@@ -69,12 +68,6 @@ def test_where_numpy_is_there_already_nothing_is_changed_or_claimed():
     variables, _, description = seen_by("-c", code)
     assert set(variables) == {None}
     assert description == "all cores"
-
-
-def test_nothing_is_changed_in_a_program_that_imports_a_room_later(monkeypatch):
-    before = dict(os.environ)
-    threads.use_one_thread()
-    assert os.environ == before
 
 
 @pytest.mark.parametrize(
