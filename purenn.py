@@ -1199,7 +1199,7 @@ def batch_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tr
     dbeta = _channel_sums(dy)
     dgamma = _channel_sums(dy, centered) * inverse_std
     scale = params["gamma"] * inverse_std
-    dx = dy * _per_channel(scale, dy)
+    dx: Array = dy * _per_channel(scale, dy)
     if "count" in cache:
         count = int(cache["count"])
         dx -= centered * _per_channel(scale * inverse_std * dgamma / count, dy)
@@ -3000,6 +3000,8 @@ def augment(
 
 # Modules that only one of these functions needs are imported there, so `import purenn` is quick.
 
+_NPY: Any = np.lib.format  # without types in older versions of NumPy
+
 
 def _path(where: str, path: Any) -> str:
     if not isinstance(path, (str, os.PathLike)):
@@ -3055,7 +3057,7 @@ def save(path: Path, tree: Tree) -> None:
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, leaf in flat.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asarray(leaf), allow_pickle=False)
+                _NPY.write_array(member, np.asarray(leaf), allow_pickle=False)
         archive.comment = _digest(archive)
 
 
@@ -3078,7 +3080,7 @@ def _open(path: str) -> IO[bytes]:
     return open(path, "rb")
 
 
-def _read_array(file: IO[bytes], dtype: np.dtype, shape: Shape, order: Any) -> Array:
+def _read_array(file: IO[bytes], dtype: np.dtype[Any], shape: Shape, order: Any) -> Array:
     """The array in the rest of a file, read without allocating more than the file holds."""
     size = math.prod(shape) * dtype.itemsize
     data = bytearray()
@@ -3101,7 +3103,7 @@ def _read_npy(member: IO[bytes], size: int) -> Array:
 
     NumPy parses the header as Python, and a short text can then take a lot of stack and memory.
     """
-    version = np.lib.format.read_magic(member)
+    version = _NPY.read_magic(member)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"unknown version {version} of the .npy format")
     length = int.from_bytes(member.read(2 * version[0]), "little")
