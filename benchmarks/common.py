@@ -48,14 +48,31 @@ def version(package: str) -> str:
 
 
 def blas() -> str:
-    """The BLAS that NumPy was built with, and the kernels that the environment selects."""
+    """The BLAS that NumPy was built with, its kernels, and whether the environment selects them."""
     import numpy as np
 
     config: Any = np.show_config(mode="dicts")
     library = config.get("Build Dependencies", {}).get("blas", {})
-    kernels = os.environ.get("OPENBLAS_CORETYPE", "not set")
+    coretype = os.environ.get("OPENBLAS_CORETYPE", "not set")
     name = f"{library.get('name', 'unknown')} {library.get('version', '')}".strip()
-    return f"BLAS {name}, OPENBLAS_CORETYPE {kernels}"
+    return f"BLAS {name} with {blas_kernels()} kernels, OPENBLAS_CORETYPE {coretype}"
+
+
+def blas_kernels() -> str:
+    """The name of the kernels that the OpenBLAS of a NumPy wheel has selected, or "unknown"."""
+    import ctypes
+
+    import numpy as np
+
+    packages = pathlib.Path(np.__file__).parent.parent
+    for library in (packages / "numpy.libs").glob("*openblas*"):
+        loaded = ctypes.CDLL(str(library))
+        for name in ("scipy_openblas_get_corename64_", "openblas_get_corename64_"):
+            if hasattr(loaded, name):
+                function = getattr(loaded, name)
+                function.restype = ctypes.c_char_p
+                return str(function().decode())
+    return "unknown"
 
 
 def header() -> str:
@@ -141,11 +158,24 @@ class Worker:
         self.process.stdin.flush()
         return float(self.process.stdout.readline())
 
+    def repeats(self, case: str, seconds: float) -> int:
+        """How many calls of a case take about this long; at least 1."""
+        return max(1, round(seconds / self.measure(case, 1)))
+
     def close(self) -> None:
         """End the process."""
         assert self.process.stdin
         self.process.stdin.close()
         self.process.wait()
+
+
+def warm_up(function: Callable[[], object], calls: int, seconds: float) -> None:
+    """Call a function until it has been called so often or for so long."""
+    end = time.perf_counter() + seconds
+    for _ in range(calls):
+        function()
+        if time.perf_counter() > end:
+            return
 
 
 def serve(cases: Callable[[str], Callable[[], object]]) -> None:
@@ -155,11 +185,9 @@ def serve(cases: Callable[[str], Callable[[], object]]) -> None:
         case, repeats = line.strip().split("|")
         if case not in functions:
             functions[case] = cases(case)
-            for _ in range(20):
-                functions[case]()
+            warm_up(functions[case], 20, 0.5)
         function = functions[case]
-        for _ in range(5):
-            function()  # wakes the threads of this process and refills the caches
+        warm_up(function, 5, 0.1)  # wakes the threads of this process and refills the caches
         started = time.perf_counter()
         for _ in range(int(repeats)):
             function()
@@ -175,13 +203,20 @@ def take_turns(
     workers: dict[str, Worker], cases: dict[str, int], rounds: int
 ) -> dict[tuple[str, str], float]:
     """{(engine, case): median seconds}; every engine is measured once a round."""
-    seconds: dict[tuple[str, str], list[float]] = {}
+    turns = {(engine, case): repeats for case, repeats in cases.items() for engine in workers}
+    return measure_turns(workers, turns, rounds)
+
+
+def measure_turns(
+    workers: dict[str, Worker], turns: dict[tuple[str, str], int], rounds: int
+) -> dict[tuple[str, str], float]:
+    """Median seconds of every turn {(engine, case): repeats}, each taken once a round."""
+    seconds: dict[tuple[str, str], list[float]] = {turn: [] for turn in turns}
     for _ in range(rounds):
-        for case, repeats in cases.items():
-            for engine, worker in workers.items():
-                time.sleep(0.15)  # until the previous engine's threads have stopped spinning
-                seconds.setdefault((engine, case), []).append(worker.measure(case, repeats))
-    return {key: statistics.median(values) for key, values in seconds.items()}
+        for (engine, case), repeats in turns.items():
+            time.sleep(0.15)  # until the previous engine's threads have stopped spinning
+            seconds[engine, case].append(workers[engine].measure(case, repeats))
+    return {turn: statistics.median(values) for turn, values in seconds.items()}
 
 
 def purenn_step(
