@@ -29,6 +29,7 @@ import itertools
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import lru_cache, partial, wraps
@@ -103,8 +104,9 @@ def _number(
     if not (minimum <= number <= maximum and above < number < below):
         limits = [f">= {minimum:g}", f"<= {maximum:g}", f"> {above:g}", f"< {below:g}"]
         known = [limit for limit in limits if "inf" not in limit]
-        expected = " and ".join(known) if known else "finite"
-        raise ValueError(f"{where}: {name} must be {expected}, got {value}")
+        if not known or math.isinf(number):
+            known.insert(0, "finite")
+        raise ValueError(f"{where}: {name} must be {' and '.join(known)}, got {value}")
     return number
 
 
@@ -135,7 +137,7 @@ def _check_dict(where: str, name: str, value: Any) -> None:
 
 
 def _is_array(x: Any) -> bool:
-    """Whether x is an array, but neither masked nor a matrix, which compute in other ways."""
+    """Whether x is a plain array; masked arrays and matrices compute differently."""
     if type(x) is np.ndarray:
         return True
     return isinstance(x, np.ndarray) and not isinstance(x, (np.ma.MaskedArray, np.matrix))
@@ -152,10 +154,9 @@ def _check_array(where: str, name: str, x: Any) -> None:
     if not _is_array(x):
         raise TypeError(f"{where}: {name} must be a NumPy array, got {_kind(x)}")
     if x.dtype.char not in "fd":
-        raise TypeError(
-            f"{where}: {name} must be float32 or float64, got {x.dtype};"
-            f" convert it with {name}.astype(np.float32)"
-        )
+        is_argument = name.isidentifier() and name not in ("params", "grads")
+        hint = f"; convert it with {name}.astype(np.float32)" if is_argument else ""
+        raise TypeError(f"{where}: {name} must be float32 or float64, got {x.dtype}{hint}")
 
 
 def _check_shape(where: str, shape: Any) -> Shape:
@@ -182,8 +183,8 @@ _QUIET = ContextVar("quiet", default=False)
 def _call_quietly(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """The result of a function, without NumPy's warnings: what overflows is inf.
 
-    This holds for all that it calls, layers of the user's own as well. np.errstate takes a
-    microsecond, so only the outermost function enters it; those within just see that it is set.
+    This covers everything it calls, user-defined layers included. np.errstate takes a microsecond,
+    so only the outermost call enters it; nested calls only check the flag.
     """
     token = _QUIET.set(True)
     try:
@@ -255,7 +256,7 @@ def _arrays(where: str, what: str, tree: Any) -> dict[str, Any]:
 def tree_flatten(tree: Tree) -> dict[str, Any]:
     """{"hidden/W": leaf, ...}: one flat dict, the names on the way joined by "/".
 
-    Branches without leaves vanish. ValueError for an empty name or one with a "/" in it.
+    Empty branches are dropped. ValueError for an empty name or one with a "/" in it.
     """
     return _flatten("tree_flatten", "tree", tree)
 
@@ -314,7 +315,7 @@ def tree_add(*trees: Tree) -> Tree:
 
 
 def count_parameters(tree: Tree) -> int:
-    """How many numbers a tree holds, its keys apart.
+    """The number of array elements in a tree, not counting keys.
 
     Of `params` that includes running statistics; of `grads` it is the trained ones alone.
     """
@@ -332,6 +333,7 @@ def _norm(where: str, what: str, tree: Any) -> float:
     return largest * math.sqrt(sum(float(leaf @ leaf) for leaf in scaled))
 
 
+@_quiet
 def global_norm(tree: Tree) -> float:
     """sqrt(Σ g²) over all entries of a tree, summed in float64."""
     return _norm("global_norm", "tree", tree)
@@ -343,6 +345,7 @@ def _times(leaf: Any, factor: float) -> Array:
     return np.asarray(leaf * factor, leaf.dtype if leaf.dtype.kind == "f" else None)
 
 
+@_quiet
 def clip_gradients(grads: Tree, max_norm: float) -> Tree:
     """grads · min(1, max_norm / global_norm(grads)) (Pascanu et al. 2013).
 
@@ -388,9 +391,9 @@ def _key_array(key: Any) -> Array:
 
 
 def fold_key(key: Key, index: int) -> Array:
-    """The key of child number `index`: another index or another parent, other random numbers.
+    """The key of child number `index`: a different index or parent gives different random numbers.
 
-    `key` is an int, a sequence of non-negative ints, or a key array that this function made.
+    `key` is an int >= 0, a tuple, list or array of such, or a key array that this function made.
     TypeError for other kinds, ValueError for a negative number or an empty sequence.
     """
     index = _whole("fold_key", "index", index, 0)
@@ -400,7 +403,7 @@ def fold_key(key: Key, index: int) -> Array:
 
 
 def training(params: Tree, key: Key) -> Tree:
-    """params plus the entry "key": a network that is given these computes in training mode.
+    """params plus the entry "key": a network given these runs in training mode.
 
     `sequential` and `residual` hand each child a key of its own; `dropout` draws its mask from
     it, and `batch_norm` takes the statistics of the batch. Params without a key mean inference.
@@ -461,7 +464,9 @@ def _fans(where: str, shape: Shape) -> tuple[int, int]:
     """(fan in, fan out) of a dense weight (in, out) or of a kernel (out, in, kh, kw)."""
     shape = _check_shape(where, shape)
     if len(shape) < 2:
-        raise ValueError(f"{where}: shape {shape} has no fans, expected (in, out) or a kernel's")
+        raise ValueError(
+            f"{where}: shape {shape} has no fans, expected (in, out) or (out, in, kh, kw)"
+        )
     if len(shape) == 2:
         return shape[0], shape[1]
     window = math.prod(shape[2:])
@@ -542,8 +547,8 @@ class Layer(_Functions):
 
     Any object with these functions is as good; they are called with arguments by position.
 
-    Where nobody wants dx, as of the first layer of a network that trains, `backward` is called with
-    `need_dx=False` as well, and may then return None for dx: a third of that layer's work. If it
+    Where dx is not needed, as in the first layer of a network being trained, `backward` is called
+    with `need_dx=False` and may return None for dx, which saves a third of that layer's work. If it
     does not take this keyword, a TypeError says so, and it is called again without.
     """
 
@@ -555,14 +560,18 @@ class Layer(_Functions):
 
 def _as_code(value: Any) -> str:
     """A value as one would write it: functions by their names, `normal(0.02)` for its partial."""
-    if isinstance(value, partial):
-        arguments = map(_as_code, [*value.args, *value.keywords.values()])
-        return f"{_as_code(value.func).lstrip('_')}({', '.join(arguments)})"
-    return getattr(value, "__name__", None) or repr(value)
+    if not isinstance(value, partial):
+        return getattr(value, "__name__", None) or repr(value)
+    name, arguments = _as_code(value.func), [_as_code(argument) for argument in value.args]
+    if name.startswith("_"):  # one of the initializers above
+        arguments += map(_as_code, value.keywords.values())
+        return f"{name[1:]}({', '.join(arguments)})"
+    arguments += [f"{key}={_as_code(argument)}" for key, argument in value.keywords.items()]
+    return f"partial({', '.join([name, *arguments])})"
 
 
 def _constructor(function: _Function) -> _Function:
-    """`function`, whose layers show as the call that made them."""
+    """A decorator: the repr of each layer that `function` returns is the call that made it."""
 
     @wraps(function)
     def construct(*arguments: Any, **options: Any) -> Layer:
@@ -598,13 +607,73 @@ def _axes(*forms: Sequence[str]) -> str:
     return " or ".join(f"({', '.join(axes)}{',' * (len(axes) == 1)})" for axes in forms)
 
 
+def _check_names(where: str, params: Any, known: Iterable[str]) -> None:
+    """Refuse params that are not a dict or have an entry of another layer."""
+    _check_dict(where, "params", params)
+    unknown = sorted(map(str, params.keys() - known - {"key"}))
+    if unknown:
+        expected = sorted(known)
+        raise ValueError(f"{where}: params have unknown entries {unknown}, expected {expected}")
+
+
+def _entry(where: str, tree: Tree, name: str, dtype: np.dtype[Any]) -> Array:
+    """The array `tree[name]` in `dtype`."""
+    if name not in tree:
+        raise ValueError(f"{where}: there is no entry {name!r} in {_names(tree)}")
+    _check_array(where, name, tree[name])
+    return tree[name].astype(dtype, copy=False)
+
+
+def _own_cache(where: str, cache: Any, entries: Sequence[str]) -> Tree:
+    """A cache with these arrays, in the dtype of the first; ValueError for another layer's."""
+    if not isinstance(cache, dict) or not cache.keys() >= set(entries):
+        raise ValueError(f"{where}: the cache is not its own, it holds {_names(cache)}")
+    _check_array(where, entries[0], cache[entries[0]])
+    dtype = cache[entries[0]].dtype
+    return {**cache, **{name: _entry(where, cache, name, dtype) for name in entries}}
+
+
+def _check_axes(form: _Form, layer: str, what: str, x: Shape, *entries: Shape | None) -> Shape:
+    """The shape of y; ValueError where shapes do not fit the form or each other."""
+    bound = [(axes, sizes) for axes in form.x if (sizes := _bind(axes, x)) is not None]
+    if not bound:
+        hint = "; only N may be empty" if 0 in x[1:] else form.hint if len(x) == 3 else ""
+        raise ValueError(f"{layer}: {what} must be {_axes(*form.x)}, got shape {x}{hint}")
+    axes, sizes = bound[0]
+    owners = dict.fromkeys(sizes, what)
+    for (name, own_axes), shape in zip(form.entries.items(), entries, strict=True):
+        if shape is None:
+            continue
+        if (own := _bind(own_axes, shape)) is None:
+            raise ValueError(f"{layer}: {name} must be {_axes(own_axes)}, got shape {shape}")
+        for axis, size in own.items():
+            if sizes.setdefault(axis, size) != size:
+                has = f"{owners[axis]} has {sizes[axis]} {_WORDS.get(axis, axis)}"
+                raise ValueError(f"{layer}: {has}, but {name} takes {size}")
+            owners.setdefault(axis, name)
+    y: Shape = ()
+    for axis in axes if form.y is None else form.y:
+        y += sizes[axis] if axis == "..." else (sizes[axis],)
+    return y
+
+
+def _gradient(where: str, dy: Any, shape: Shape, dtype: np.dtype[Any]) -> Array:
+    """dy in `dtype`; refused unless it has the shape of y."""
+    if type(dy) is not np.ndarray or dy.dtype != dtype:
+        _check_array(where, "dy", dy)
+        dy = dy.astype(dtype, copy=False)
+    if dy.shape != shape:
+        raise ValueError(f"{where}: dy has shape {dy.shape}, but y has {shape}")
+    return dy
+
+
 class _Form:
-    """What a layer takes and gives, in the names of axes; it is checked here for every layer.
+    """The input, params and output of a layer as named axes, checked here for every layer.
 
     `_Form("N ... in", y="N ... out", W="in out", b_="out")`: x may have axes between its first and
     its last; the first axis of W is as long as the last of x; b may be missing, as the underscore
-    says. Alternative forms of x are parted by "|". Without `y` it has the shape of x; where y is
-    "", the layer checks dy. Only N, the batch, and what "..." stands for may be empty.
+    says. Alternative forms of x are separated by "|". Without `y` it has the shape of x; with
+    y="" the layer checks dy itself. Only N, the batch, and what "..." stands for may be empty.
     """
 
     def __init__(self, x: str, *, y: str | None = None, hint: str = "", **entries: str) -> None:
@@ -624,7 +693,7 @@ class _Form:
 
     def checker(self, layer: str, what: str) -> Callable[[Any, Any], tuple[Tree, Shape]]:
         """The function (params, x) -> (params in the dtype of x, shape of y), once they fit."""
-        # The shapes of one step come again in the next.
+        # The same shapes recur at every step.
         check_axes = lru_cache(maxsize=256)(partial(_check_axes, self, layer, what))
         names, ndarray = tuple(self.entries), np.ndarray
 
@@ -636,7 +705,7 @@ class _Form:
             dtype, shapes, unknown = x.dtype, [x.shape], len(params) - ("key" in params)
             for name in names:
                 array = params.get(name)
-                if type(array) is not ndarray or array.dtype is not dtype:
+                if type(array) is not ndarray or array.dtype != dtype:
                     if name in self.optional and name not in params:
                         shapes.append(None)
                         continue
@@ -690,66 +759,6 @@ class _Form:
         return decorate
 
 
-def _check_names(where: str, params: Any, known: Iterable[str]) -> None:
-    """Refuse params that are no dict or have an entry of another layer."""
-    _check_dict(where, "params", params)
-    unknown = sorted(map(str, params.keys() - known - {"key"}))
-    if unknown:
-        expected = sorted(known)
-        raise ValueError(f"{where}: params have unknown entries {unknown}, expected {expected}")
-
-
-def _entry(where: str, tree: Tree, name: str, dtype: np.dtype[Any]) -> Array:
-    """The array `tree[name]` in `dtype`."""
-    if name not in tree:
-        raise ValueError(f"{where}: there is no entry {name!r} in {_names(tree)}")
-    _check_array(where, name, tree[name])
-    return tree[name].astype(dtype, copy=False)
-
-
-def _own_cache(where: str, cache: Any, entries: Sequence[str]) -> Tree:
-    """A cache with these arrays, in the dtype of the first; ValueError for another layer's."""
-    if not isinstance(cache, dict) or not cache.keys() >= set(entries):
-        raise ValueError(f"{where}: the cache is not its own, it holds {_names(cache)}")
-    _check_array(where, entries[0], cache[entries[0]])
-    dtype = cache[entries[0]].dtype
-    return {**cache, **{name: _entry(where, cache, name, dtype) for name in entries}}
-
-
-def _check_axes(form: _Form, layer: str, what: str, x: Shape, *entries: Shape | None) -> Shape:
-    """The shape of y; ValueError where shapes do not fit the form or each other."""
-    bound = [(axes, sizes) for axes in form.x if (sizes := _bind(axes, x)) is not None]
-    if not bound:
-        hint = "; only N may be empty" if 0 in x[1:] else form.hint if len(x) == 3 else ""
-        raise ValueError(f"{layer}: {what} must be {_axes(*form.x)}, got shape {x}{hint}")
-    axes, sizes = bound[0]
-    owners = dict.fromkeys(sizes, what)
-    for (name, own_axes), shape in zip(form.entries.items(), entries, strict=True):
-        if shape is None:
-            continue
-        if (own := _bind(own_axes, shape)) is None:
-            raise ValueError(f"{layer}: {name} must be {_axes(own_axes)}, got shape {shape}")
-        for axis, size in own.items():
-            if sizes.setdefault(axis, size) != size:
-                has = f"{owners[axis]} has {sizes[axis]} {_WORDS.get(axis, axis)}"
-                raise ValueError(f"{layer}: {has}, but {name} takes {size}")
-            owners.setdefault(axis, name)
-    y: Shape = ()
-    for axis in axes if form.y is None else form.y:
-        y += sizes[axis] if axis == "..." else (sizes[axis],)
-    return y
-
-
-def _gradient(where: str, dy: Any, shape: Shape, dtype: np.dtype[Any]) -> Array:
-    """dy in `dtype`; refused unless it has the shape of y."""
-    if type(dy) is not np.ndarray or dy.dtype is not dtype:
-        _check_array(where, "dy", dy)
-        dy = dy.astype(dtype, copy=False)
-    if dy.shape != shape:
-        raise ValueError(f"{where}: dy has shape {dy.shape}, but y has {shape}")
-    return dy
-
-
 _ANY = _Form("N ...")  # what element-wise layers take
 _CLASSES = _Form("N ... classes")
 _IMAGES = {"x": "N C H W", "hint": "; a single image needs x[None], gray images need x[:, None]"}
@@ -773,9 +782,9 @@ def _weights(
 ) -> dict[str, Array]:
     """W of `shape` from `init`; b (out,) of zeros if there are biases."""
     W = init(fold_key(key, 0), shape)
-    _check_array(where, "what init gave", W)
+    _check_array(where, "what init returned", W)
     if W.shape != shape:
-        raise ValueError(f"{where}: init gave shape {W.shape}, expected {shape}")
+        raise ValueError(f"{where}: init returned shape {W.shape}, expected {shape}")
     return {"W": W, "b": np.zeros(out, np.float32)} if bias else {"W": W}
 
 
@@ -821,9 +830,17 @@ def linear(out: int, *, init: Initializer = he_normal, bias: bool = True) -> Lay
 _FLATTEN = _Form("N ...", y="")
 
 
-def identity_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
-    """No params, and the shape stays: also the `init` of every activation."""
-    return {}, _ANY.shape("identity", shape)
+def identity_init(key: Key, shape: Shape, *, where: str = "identity") -> tuple[Tree, Shape]:
+    """No params, and the shape is unchanged: also the `init` of every activation."""
+    return {}, _ANY.shape(where, shape)
+
+
+def _elementwise(forward: _Function, backward: _Function, **options: Any) -> Layer:
+    """A layer without params whose forward and backward take these options."""
+    init = partial(identity_init, where=forward.__name__.removesuffix("_forward"))
+    if options:
+        return Layer(init, partial(forward, **options), partial(backward, **options))
+    return Layer(init, forward, backward)
 
 
 @_ANY.forward
@@ -890,7 +907,7 @@ def relu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
 @_constructor
 def relu() -> Layer:
     """max(x, 0); its gradient at 0 is 0."""
-    return Layer(identity_init, relu_forward, relu_backward)
+    return _elementwise(relu_forward, relu_backward)
 
 
 @_ANY.forward
@@ -911,8 +928,7 @@ def leaky_relu_backward(
 def leaky_relu(slope: float = 0.01) -> Layer:
     """x where x > 0, else slope · x (Maas et al. 2013)."""
     slope = _number("leaky_relu", "slope", slope, above=-math.inf, below=math.inf)
-    forward = partial(leaky_relu_forward, slope=slope)
-    return Layer(identity_init, forward, partial(leaky_relu_backward, slope=slope))
+    return _elementwise(leaky_relu_forward, leaky_relu_backward, slope=slope)
 
 
 @_ANY.forward
@@ -932,8 +948,7 @@ def elu_backward(params: Tree, cache: Array, dy: Array, *, alpha: float) -> tupl
 def elu(alpha: float = 1.0) -> Layer:
     """x where x > 0, else alpha · (exp(x) - 1) (Clevert et al. 2016)."""
     alpha = _number("elu", "alpha", alpha, above=0, below=math.inf)
-    forward = partial(elu_forward, alpha=alpha)
-    return Layer(identity_init, forward, partial(elu_backward, alpha=alpha))
+    return _elementwise(elu_forward, elu_backward, alpha=alpha)
 
 
 def _sigmoid(x: Array) -> Array:
@@ -957,7 +972,7 @@ def sigmoid_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree
 @_constructor
 def sigmoid() -> Layer:
     """1 / (1 + exp(-x))."""
-    return Layer(identity_init, sigmoid_forward, sigmoid_backward)
+    return _elementwise(sigmoid_forward, sigmoid_backward)
 
 
 @_ANY.forward
@@ -976,7 +991,7 @@ def tanh_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
 @_constructor
 def tanh() -> Layer:
     """tanh(x)."""
-    return Layer(identity_init, tanh_forward, tanh_backward)
+    return _elementwise(tanh_forward, tanh_backward)
 
 
 @_ANY.forward
@@ -994,7 +1009,7 @@ def softplus_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tre
 @_constructor
 def softplus() -> Layer:
     """log(1 + exp(x)), a smooth relu."""
-    return Layer(identity_init, softplus_forward, softplus_backward)
+    return _elementwise(softplus_forward, softplus_backward)
 
 
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
@@ -1026,7 +1041,7 @@ def gelu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
 @_constructor
 def gelu() -> Layer:
     """x · Φ(x) in its tanh form (Hendrycks and Gimpel 2016); NumPy has no erf."""
-    return Layer(identity_init, gelu_forward, gelu_backward)
+    return _elementwise(gelu_forward, gelu_backward)
 
 
 @_ANY.forward
@@ -1045,12 +1060,12 @@ def silu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
 @_constructor
 def silu() -> Layer:
     """x · sigmoid(x), also called swish (Hendrycks and Gimpel 2016)."""
-    return Layer(identity_init, silu_forward, silu_backward)
+    return _elementwise(silu_forward, silu_backward)
 
 
-def softmax_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
-    """No params, and the shape stays; it needs an axis of classes. Also for log_softmax."""
-    return {}, _CLASSES.shape("softmax", shape)
+def softmax_init(key: Key, shape: Shape, *, where: str = "softmax") -> tuple[Tree, Shape]:
+    """No params, and the shape is unchanged; it needs an axis of classes. Also for log_softmax."""
+    return {}, _CLASSES.shape(where, shape)
 
 
 @_CLASSES.forward
@@ -1069,7 +1084,7 @@ def softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree
 
 @_constructor
 def softmax() -> Layer:
-    """exp(x) / Σ exp(x) over the last axis. Before `softmax_cross_entropy` leave it out."""
+    """exp(x) / Σ exp(x) over the last axis. Do not put it before `softmax_cross_entropy`."""
     return Layer(softmax_init, softmax_forward, softmax_backward)
 
 
@@ -1090,7 +1105,8 @@ def log_softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, 
 @_constructor
 def log_softmax() -> Layer:
     """x - log Σ exp(x) over the last axis."""
-    return Layer(softmax_init, log_softmax_forward, log_softmax_backward)
+    init = partial(softmax_init, where="log_softmax")
+    return Layer(init, log_softmax_forward, log_softmax_backward)
 
 
 # --- regularizers ---
@@ -1117,12 +1133,13 @@ def dropout_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]
 
 @_constructor
 def dropout(rate: float) -> Layer:
-    """Drops each entry with probability `rate` while training and scales up what stays.
+    """Drops each entry with probability `rate` while training and scales up the rest.
 
     At inference it is the identity ("inverted" dropout; Srivastava et al. 2014).
     """
     rate = _number("dropout", "rate", rate, minimum=0, below=1)
-    return Layer(identity_init, partial(dropout_forward, rate=rate), dropout_backward)
+    init = partial(identity_init, where="dropout")
+    return Layer(init, partial(dropout_forward, rate=rate), dropout_backward)
 
 
 # --- normalization ---
@@ -1146,7 +1163,7 @@ def _channel_sums(*factors: Array) -> Array:
 def _per_channel(vector: Array, x: Array) -> Array:
     """A vector (C,) in a shape that broadcasts with x (N, C) or (N, C, H, W).
 
-    For images it is repeated along a row of pixels: NumPy is twice as slow with single numbers.
+    For images it is repeated along a row of pixels: broadcasting single values is twice as slow.
     """
     if x.ndim == 2:
         return vector
@@ -1163,8 +1180,8 @@ def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tr
     """y = gamma · (x - mean) / sqrt(var + eps) + beta, for x (N, C) or (N, C, H, W).
 
     With params["key"], mean and var (biased) are those of the batch over all axes but C; without
-    one they are params["mean"] and params["var"]. The cache holds under "statistics" what
-    `update_statistics` moves params["mean"] and params["var"] to.
+    one they are params["mean"] and params["var"]. The cache holds under "statistics" the
+    values towards which `update_statistics` moves params["mean"] and params["var"].
     """
     mean, var = params["mean"], params["var"]
     if "key" in params:
@@ -1211,43 +1228,11 @@ def batch_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tr
 def batch_norm(*, eps: float = 1e-5) -> Layer:
     """Normalizes each channel over the batch (Ioffe and Szegedy 2015), as PyTorch does.
 
-    Its running statistics params["mean"] and params["var"] are moved by `update_statistics`.
+    Its running statistics params["mean"] and params["var"] are updated by `update_statistics`.
     ValueError while training on fewer than two values per channel.
     """
     eps = _number("batch_norm", "eps", eps, above=0, below=math.inf)
     return Layer(batch_norm_init, partial(batch_norm_forward, eps=eps), batch_norm_backward)
-
-
-@_quiet
-def update_statistics(params: Tree, cache: Any, momentum: float = 0.1) -> Tree:
-    """params with running statistics moved: s <- s + momentum · (s of the batch - s).
-
-    `cache` is that of the forward pass in training mode. Any layer may take part: what its cache
-    holds under "statistics" are the batch's values for the params of the same names, which are
-    not trained. The variance is the unbiased one, as PyTorch keeps it. ValueError for a momentum
-    outside [0, 1], TypeError for a cache that is neither a dict nor an array.
-    """
-    momentum = _number("update_statistics", "momentum", momentum, minimum=0, maximum=1)
-    _check_dict("update_statistics", "params", params)
-    if not isinstance(cache, (dict, np.ndarray)):  # an array is the whole cache of, say, linear
-        raise TypeError(f"update_statistics: cache must be that of forward, got {_kind(cache)}")
-    return _move_statistics(params, cache, momentum)
-
-
-def _move_statistics(params: Tree, cache: Any, momentum: float) -> Tree:
-    if not isinstance(params, dict) or not isinstance(cache, dict):
-        return params
-    moved = {
-        name: _move_statistics(value, cache.get(name), momentum) for name, value in params.items()
-    }
-    for name, batch in _statistics(params, cache).items():
-        running = params[name]
-        _check_array("update_statistics", name, running)
-        _check_numbers("update_statistics", name, batch)
-        if batch.shape != running.shape:
-            raise ValueError(f"update_statistics: {name} is {_kind(running)}, got {_kind(batch)}")
-        moved[name] = (running + momentum * (batch - running)).astype(running.dtype)
-    return moved
 
 
 def _statistics(params: Any, cache: Any) -> Tree:
@@ -1260,6 +1245,40 @@ def _statistics(params: Any, cache: Any) -> Tree:
         for name, value in found.items()
         if name in params and not isinstance(params[name], dict)
     }
+
+
+def _move_statistics(params: Tree, cache: Any, momentum: float) -> Tree:
+    if not isinstance(params, dict) or not isinstance(cache, dict):
+        return params
+    moved: Tree = {
+        name: _move_statistics(value, cache.get(name), momentum) for name, value in params.items()
+    }
+    for name, batch in _statistics(params, cache).items():
+        running = params[name]
+        _check_array("update_statistics", name, running)
+        _check_numbers("update_statistics", name, batch)
+        if batch.shape != running.shape:
+            raise ValueError(f"update_statistics: {name} is {_kind(running)}, got {_kind(batch)}")
+        moved[name] = np.asarray(running + momentum * (batch - running), running.dtype)
+    return moved
+
+
+@_quiet
+def update_statistics(params: Tree, cache: Any, momentum: float = 0.1) -> Tree:
+    """params with updated running statistics: s <- s + momentum · (s of the batch - s).
+
+    `cache` is that of the forward pass in training mode. Any layer may take part: what its cache
+    holds under "statistics" are the batch's values for the params of the same names, which are
+    not trained. The variance is the unbiased one, as PyTorch keeps it. ValueError for a momentum
+    outside [0, 1], TypeError for a cache that is neither a dict nor an array.
+    """
+    momentum = _number("update_statistics", "momentum", momentum, minimum=0, maximum=1)
+    _check_dict("update_statistics", "params", params)
+    if not isinstance(cache, (dict, np.ndarray)):  # an array is the whole cache of, say, linear
+        raise TypeError(
+            f"update_statistics: cache must be the one that forward returned, got {_kind(cache)}"
+        )
+    return _move_statistics(params, cache, momentum)
 
 
 _LAYER_NORM = _Form("N ... in", gamma="in", beta="in")
@@ -1330,7 +1349,7 @@ def _pair(where: str, name: str, value: Any, minimum: int) -> Pair:
     pair = value if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
         raise ValueError(
-            f"{where}: {name} must be a whole number or a pair of them, got {len(pair)} of them"
+            f"{where}: {name} must be a whole number or a pair of them, got {len(pair)} values"
         )
     return _whole(where, name, pair[0], minimum), _whole(where, name, pair[1], minimum)
 
@@ -1360,14 +1379,14 @@ def _windows(
     return _Windows(counts, stride, (above, left), dilation)
 
 
-def _under(place: int, length: int, windows: _Windows, axis: int) -> tuple[slice, slice]:
-    """The windows that have a pixel and no padding under their place, and these pixels.
+def _overlap(tap: int, length: int, windows: _Windows, axis: int) -> tuple[slice, slice]:
+    """The windows that have a pixel and no padding under their tap, and these pixels.
 
     Along one axis (0 down, 1 across) of `length` pixels, window w has there the pixel
-    w · stride + place · dilation - before.
+    w · stride + tap · dilation - before.
     """
     stride = windows.stride[axis]
-    offset = place * windows.dilation[axis] - windows.before[axis]
+    offset = tap * windows.dilation[axis] - windows.before[axis]
     first = max(0, -(offset // stride))
     last = min(windows.counts[axis], (length - 1 - offset) // stride + 1)
     if first >= last:
@@ -1376,52 +1395,52 @@ def _under(place: int, length: int, windows: _Windows, axis: int) -> tuple[slice
     return slice(first, last), slice(start, start + (last - first - 1) * stride + 1, stride)
 
 
-def _unfold(rows: Array, places: int, windows: _Windows, groups: int) -> Array:
-    """A copy of the image for each kernel column: (groups, H, C/groups, places, Wo, N).
+def _unfold(rows: Array, taps: int, windows: _Windows, groups: int) -> Array:
+    """A copy of the image for each kernel column: (groups, H, C/groups, taps, Wo, N).
 
     Place j holds for each window across the pixel under the kernel's column j.
     """
     H, C, W, N = rows.shape
     count, stride, before, dilation = (both[1] for both in windows)
-    width = (count - 1) * stride + (places - 1) * dilation + 1
+    width = (count - 1) * stride + (taps - 1) * dilation + 1
     if before or width > W:
         padded = np.zeros((H, C, width, N), rows.dtype)
         padded[:, :, before : before + W] = rows[:, :, : max(0, width - before)]
         rows = padded
     row, channel, pixel, item = rows.strides
-    shape = (H, groups, C // groups, places, count, N)
+    shape = (H, groups, C // groups, taps, count, N)
     strides = (row, channel * (C // groups), channel, pixel * dilation, pixel * stride, item)
     return np.ascontiguousarray(as_strided(rows, shape, strides, writeable=False).swapaxes(0, 1))
 
 
 def _fold(columns: Array, width: int, windows: _Windows) -> Array:
     """The adjoint of `_unfold`, for gradients: every pixel's sum over its copies, as rows."""
-    groups, H, channels, places, _, N = columns.shape
+    groups, H, channels, taps, _, N = columns.shape
     rows = np.zeros((groups, H, channels, width, N), columns.dtype)
-    for j in range(places):
-        covering, pixels = _under(j, width, windows, 1)
+    for j in range(taps):
+        covering, pixels = _overlap(j, width, windows, 1)
         rows[:, :, :, pixels] += columns[:, :, :, j, covering]
     return rows.swapaxes(0, 1).reshape(H, groups * channels, width, N)
 
 
-def _spans(H: int, places: int, windows: _Windows) -> Iterator[tuple[slice, slice]]:
+def _spans(H: int, taps: int, windows: _Windows) -> Iterator[tuple[slice, slice]]:
     """(rows of windows, the kernel rows under which these have rows of the image), all of them.
 
     Kernel rows are taken together where they lie side by side; with dilation each is its own.
     """
     count, stride, before, dilation = (both[0] for both in windows)
     if dilation > 1:
-        yield from ((_under(i, H, windows, 0)[0], slice(i, i + 1)) for i in range(places))
+        yield from ((_overlap(i, H, windows, 0)[0], slice(i, i + 1)) for i in range(taps))
         return
     start = min(count, max(0, -(-before // stride)))  # from here to stop all rows are inside
-    stop = max(start, min(count, (H - places + before) // stride + 1))
+    stop = max(start, min(count, (H - taps + before) // stride + 1))
     over_border = [(w, w + 1) for w in (*range(start), *range(stop, count))]
     for first, last in [(start, stop)] * (start < stop) + over_border:
         top = first * stride - before
-        yield slice(first, last), slice(max(0, -top), max(0, -top, min(places, H - top)))
+        yield slice(first, last), slice(max(0, -top), max(0, -top, min(taps, H - top)))
 
 
-def _blocks(buffer: Array, places: int, windows: _Windows) -> Iterator[tuple[slice, slice, Array]]:
+def _blocks(buffer: Array, taps: int, windows: _Windows) -> Iterator[tuple[slice, slice, Array]]:
     """What the rows of windows cover: (these rows, kernel rows, a matrix for each window).
 
     In a contiguous buffer (groups, H, channels, pixels) the rows that a window covers lie one
@@ -1432,7 +1451,7 @@ def _blocks(buffer: Array, places: int, windows: _Windows) -> Iterator[tuple[sli
     line = pixels * buffer.itemsize
     row = channels * line
     strides = (H * row, stride * row, line, buffer.itemsize)
-    for covering, taken in _spans(H, places, windows):
+    for covering, taken in _spans(H, taps, windows):
         lines = (taken.stop - taken.start) * channels
         shape = (groups, covering.stop - covering.start, lines, pixels)
         first = covering.start * stride + taken.start * dilation - before
@@ -1445,13 +1464,13 @@ def _correlate(buffer: Array, weights: Array, windows: _Windows) -> Array:
 
     The buffer is (groups, H, channels, pixels), the result (groups, windows below, out, pixels).
     """
-    groups, places, out, _ = weights.shape
+    groups, taps, out, _ = weights.shape
     weights = weights.swapaxes(1, 2)
     count, dilated = windows.counts[0], windows.dilation[0] > 1
     y = np.empty((groups, count, out, buffer.shape[3]), buffer.dtype)
     if dilated:
         y[...] = 0
-    for covering, taken, matrices in _blocks(buffer, places, windows):
+    for covering, taken, matrices in _blocks(buffer, taps, windows):
         matrix = weights[:, :, taken].reshape(groups, 1, out, matrices.shape[2])
         if dilated:
             y[:, covering] += np.matmul(matrix, matrices)
@@ -1467,12 +1486,12 @@ def _kernel_rows(kernel: Array, groups: int) -> Array:
     return parts.reshape(groups, kh, out // groups, channels * kw)
 
 
-def _kernel_gradient(buffer: Array, dy: Array, places: int, windows: _Windows) -> Array:
+def _kernel_gradient(buffer: Array, dy: Array, taps: int, windows: _Windows) -> Array:
     """Σ over rows of the rows they cover · dy (groups, Ho, out, pixels): (groups, kh, ..., out)."""
     (groups, _, channels, _), out = buffer.shape, dy.shape[2]
-    dW = np.zeros((groups, places, channels, out), buffer.dtype)
+    dW = np.zeros((groups, taps, channels, out), buffer.dtype)
     at_once = max(1, buffer.size // dW.size)  # the products of so many rows take no more memory
-    for covering, taken, matrices in _blocks(buffer, places, windows):
+    for covering, taken, matrices in _blocks(buffer, taps, windows):
         right = dy[:, covering].swapaxes(2, 3)  # on this side BLAS is up to 1.7 times faster
         for first in range(0, matrices.shape[1], at_once):
             part = slice(first, first + at_once)
@@ -1487,14 +1506,14 @@ def _columns_gradient(dy: Array, kernel_rows: Array, H: int, windows: _Windows) 
     At stride 1 it is dy (groups, Ho, out, pixels) correlated with the kernel rows in reverse; else
     each kernel row adds its part to the rows under it.
     """
-    groups, places, _, channels = kernel_rows.shape
+    groups, taps, _, channels = kernel_rows.shape
     turned = kernel_rows.swapaxes(2, 3)
     if windows.stride[0] == windows.dilation[0] == 1:
-        before = places - 1 - windows.before[0]
+        before = taps - 1 - windows.before[0]
         return _correlate(dy, turned[:, ::-1], _Windows((H, 1), (1, 1), (before, 0)))
     gradient = np.zeros((groups, H, channels, dy.shape[3]), dy.dtype)
-    for i in range(places):
-        covering, rows = _under(i, H, windows, 0)
+    for i in range(taps):
+        covering, rows = _overlap(i, H, windows, 0)
         gradient[:, rows] += np.matmul(turned[:, i, None], dy[:, covering])
     return gradient
 
@@ -1562,7 +1581,7 @@ def conv2d_backward(
 ) -> tuple[Array | None, Tree]:
     """dW[o, c, i, j] = Σ dy[n, o, r, s] · x[n, c, r·stride + i·dilation, ...], db = Σ dy.
 
-    dx is dy correlated with W turned by 180 degrees.
+    dx is dy correlated with W rotated by 180 degrees.
     """
     x, W = cache, params["W"]
     windows = _conv2d_windows(x, W, groups, stride=stride, padding=padding, dilation=dilation)
@@ -1572,7 +1591,7 @@ def conv2d_backward(
     buffer = _unfold(_rows_first(x), kw, windows, groups)
     buffer = buffer.reshape(groups, H, channels * kw, Wo * N)
     dW = _kernel_gradient(buffer, drows, kh, windows)
-    del buffer  # it and its gradient need not be there at once
+    del buffer  # so that it and its gradient are never both in memory
     dW = dW.reshape(groups, kh, channels, kw, out // groups).transpose(0, 4, 2, 1, 3)
     grads = {"W": np.ascontiguousarray(dW).reshape(W.shape)}
     if "b" in params:
@@ -1617,7 +1636,7 @@ def conv2d(
             raise ValueError(f"conv2d: padding must be numbers or 'same', got {padding!r}")
         if strides != (1, 1):
             raise ValueError(f"conv2d: padding 'same' goes with stride 1, got {stride}")
-        missing = [d * (places - 1) for d, places in zip(dilations, size, strict=True)]
+        missing = [d * (taps - 1) for d, taps in zip(dilations, size, strict=True)]
         sides = [(pixels // 2, pixels - pixels // 2) for pixels in missing]
     else:
         sides = [(pixels, pixels) for pixels in _pair("conv2d", "padding", padding, 0)]
@@ -1634,22 +1653,22 @@ def conv2d(
     )
 
 
-def _at(axis: int, pixels: slice) -> tuple[slice, ...]:
+def _axis_index(axis: int, pixels: slice) -> tuple[slice, ...]:
     """The index of these pixels along axis 0 (down) or 1 (across) of rows (H, C, W, N)."""
     return (pixels,) if axis == 0 else (slice(None), slice(None), pixels)
 
 
-def _pooled(
+def _pool_axis(
     combine: np.ufunc, outside: float, rows: Array, size: Pair, windows: _Windows, axis: int
 ) -> Array:
     """What each window covers along one axis, combined; padding counts as `outside`."""
     shape = list(rows.shape)
     shape[2 * axis] = windows.counts[axis]
     y = np.empty(shape, rows.dtype)
-    for place in range(size[axis]):
-        covering, pixels = _under(place, rows.shape[2 * axis], windows, axis)
-        part, covered = y[_at(axis, covering)], rows[_at(axis, pixels)]
-        if place:
+    for tap in range(size[axis]):
+        covering, pixels = _overlap(tap, rows.shape[2 * axis], windows, axis)
+        part, covered = y[_axis_index(axis, covering)], rows[_axis_index(axis, pixels)]
+        if tap:
             combine(part, covered, out=part)
         else:
             if windows.before[axis]:
@@ -1664,14 +1683,14 @@ def _to_largest(
     """dy of each window, given to the first pixel that has the window's maximum y."""
     dx = np.zeros(rows.shape, rows.dtype)
     left = dy
-    for place in range(size[axis]):
-        covering, pixels = _under(place, rows.shape[2 * axis], windows, axis)
-        window, pixel = _at(axis, covering), _at(axis, pixels)
+    for tap in range(size[axis]):
+        covering, pixels = _overlap(tap, rows.shape[2 * axis], windows, axis)
+        window, pixel = _axis_index(axis, covering), _axis_index(axis, pixels)
         given = left[window]
-        if place < size[axis] - 1:  # what is left then is the last one's
+        if tap < size[axis] - 1:  # what is left then is the last one's
             given = (rows[pixel] == y[window]).astype(dy.dtype)
             given *= left[window]
-            left = left.copy() if place == 0 else left
+            left = left.copy() if tap == 0 else left
             left[window] -= given
         if windows.stride[axis] < size[axis]:
             dx[pixel] += given
@@ -1717,11 +1736,11 @@ def _pool2d(
 def max_pool2d_forward(params: Tree, x: Array, *, size: Pair, **options: Any) -> tuple[Array, Tree]:
     """y[n, c, r, s] = the maximum of x[n, c] in the window at (r, s) · stride - padding.
 
-    x (N, C, H, W), y (N, C, Ho, Wo); padding never wins.
+    x (N, C, H, W), y (N, C, Ho, Wo); padding counts as -inf.
     """
     windows = _windows("max_pool2d", x.shape[2:], size, **options)
-    across = _pooled(np.maximum, -np.inf, _rows_first(x), size, windows, 1)
-    y = _batch_first(_pooled(np.maximum, -np.inf, across, size, windows, 0))
+    across = _pool_axis(np.maximum, -np.inf, _rows_first(x), size, windows, 1)
+    y = _batch_first(_pool_axis(np.maximum, -np.inf, across, size, windows, 0))
     return y, {"x": x, "across": _batch_first(across), "y": y}
 
 
@@ -1729,7 +1748,7 @@ def max_pool2d_forward(params: Tree, x: Array, *, size: Pair, **options: Any) ->
 def max_pool2d_backward(
     params: Tree, cache: Tree, dy: Array, *, size: Pair, **options: Any
 ) -> tuple[Array, Tree]:
-    """dx: each dy goes to the maximum of its window, the first one of several as one reads.
+    """dx: each dy goes to the maximum of its window, of several, to the first in row-major order.
 
     The first row that has the maximum, and in it the first pixel: so it goes down the column of
     the rows' maxima first, and then across each row.
@@ -1746,7 +1765,7 @@ def max_pool2d_backward(
 def max_pool2d(
     size: int | Pair, *, stride: int | Pair | None = None, padding: int | Pair = 0
 ) -> Layer:
-    """The maximum of each window, as PyTorch's MaxPool2d. Without `stride` they lie side by side.
+    """The maximum of each window, as PyTorch's MaxPool2d. `stride` defaults to `size`.
 
     `size`, `stride` and `padding` (at most half the window) are numbers or pairs (height, width).
     ValueError for a window that does not fit into the padded image.
@@ -1763,8 +1782,8 @@ def avg_pool2d_forward(
     x (N, C, H, W), y (N, C, Ho, Wo); padding counts as zeros.
     """
     windows = _windows("avg_pool2d", x.shape[2:], size, **options)
-    across = _pooled(np.add, 0.0, _rows_first(x), size, windows, 1)
-    y = _pooled(np.add, 0.0, across, size, windows, 0)
+    across = _pool_axis(np.add, 0.0, _rows_first(x), size, windows, 1)
+    y = _pool_axis(np.add, 0.0, across, size, windows, 0)
     y *= 1 / math.prod(size)
     return _batch_first(y), x
 
@@ -1782,9 +1801,9 @@ def avg_pool2d_backward(
         drows, shape = dx, list(dx.shape)
         shape[2 * axis] = x.shape[2 + axis]
         dx = np.zeros(shape, x.dtype)
-        for place in range(size[axis]):
-            covering, pixels = _under(place, x.shape[2 + axis], windows, axis)
-            dx[_at(axis, pixels)] += drows[_at(axis, covering)]
+        for tap in range(size[axis]):
+            covering, pixels = _overlap(tap, x.shape[2 + axis], windows, axis)
+            dx[_axis_index(axis, pixels)] += drows[_axis_index(axis, covering)]
     return _batch_first(dx), {}
 
 
@@ -1792,7 +1811,7 @@ def avg_pool2d_backward(
 def avg_pool2d(
     size: int | Pair, *, stride: int | Pair | None = None, padding: int | Pair = 0
 ) -> Layer:
-    """The mean of each window, as PyTorch's AvgPool2d. Without `stride` they lie side by side.
+    """The mean of each window, as PyTorch's AvgPool2d. `stride` defaults to `size`.
 
     `size`, `stride` and `padding` (at most half the window) are numbers or pairs (height, width).
     ValueError for a window that does not fit into the padded image.
@@ -1843,15 +1862,26 @@ def _check_layer(
             )
 
 
-def _within(name: str, function: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
-    """The two results of a child's function; whatever is wrong with it, its name comes first."""
+_RETURNS = {"init": "(params, shape)", "forward": "(y, cache)", "backward": "(dx, grads)"}
+
+
+def _two_results(what: str, results: Any) -> tuple[Any, Any]:
+    """What a function of a layer returned; refused unless there are two of them."""
+    if not isinstance(results, (tuple, list)) or len(results) != 2:
+        raise TypeError(f"{what} must return {_RETURNS[what]}, got {_kind(results)}")
+    return results[0], results[1]
+
+
+def _call_child(
+    name: str, what: str, function: Callable[..., Any], *arguments: Any
+) -> tuple[Any, Any]:
+    """The two results of a child's function; its errors are prefixed with its name."""
     try:
-        first, second = function(*arguments)
+        return _two_results(what, function(*arguments))
     except (ValueError, TypeError) as error:
         if type(error) not in (ValueError, TypeError):  # others may not take a message alone
             raise
         raise type(error)(f"{name}: {error}") from error
-    return first, second
 
 
 def _children(where: str, params: Tree, layers: dict[str, LayerLike]) -> Tree:
@@ -1889,7 +1919,7 @@ def sequential_init(key: Key, shape: Shape, *, layers: dict[str, LayerLike]) -> 
     """{name: params} of the layers that have any, each from its own key, and the last shape."""
     params: Tree = {}
     for index, (name, layer) in enumerate(layers.items()):
-        own, shape = _within(name, layer.init, fold_key(key, index), shape)
+        own, shape = _call_child(name, "init", layer.init, fold_key(key, index), shape)
         if own:
             params[name] = own
     return params, shape
@@ -1903,7 +1933,7 @@ def sequential_forward(
     children = _children("sequential", params, layers)
     cache = {}
     for name, layer in layers.items():
-        x, cache[name] = _within(name, layer.forward, children.get(name, {}), x)
+        x, cache[name] = _call_child(name, "forward", layer.forward, children.get(name, {}), x)
     return x, cache
 
 
@@ -1928,7 +1958,9 @@ def sequential_backward(
         backward: Callable[..., Any] = layers[name].backward
         if not need_dx and name == names[0]:
             backward = partial(_without_dx, backward)
-        dx, grads[name] = _within(name, backward, params.get(name, {}), cache[name], dx)
+        dx, grads[name] = _call_child(
+            name, "backward", backward, params.get(name, {}), cache[name], dx
+        )
     return (dx if need_dx else None), {name: grads[name] for name in names if grads[name]}
 
 
@@ -1953,8 +1985,7 @@ def sequential(*layers: LayerLike, **named_layers: LayerLike) -> Layer:
     )
 
 
-def _check_same(shapes: Iterable[Shape]) -> None:
-    branch, shortcut = shapes
+def _check_same(branch: Shape, shortcut: Shape) -> None:
     if branch != shortcut:
         raise ValueError(f"residual: the branch gives {branch}, but the shortcut {shortcut}")
 
@@ -1963,10 +1994,10 @@ def residual_init(key: Key, shape: Shape, *, layers: dict[str, LayerLike]) -> tu
     """{"branch": params, "shortcut": params}, without the one that has none."""
     params, shapes = {}, {}
     for index, (name, layer) in enumerate(layers.items()):
-        own, shapes[name] = _within(name, layer.init, fold_key(key, index), shape)
+        own, shapes[name] = _call_child(name, "init", layer.init, fold_key(key, index), shape)
         if own:
             params[name] = own
-    _check_same(shapes.values())
+    _check_same(*shapes.values())
     return params, shapes["branch"]
 
 
@@ -1976,8 +2007,10 @@ def residual_forward(params: Tree, x: Array, *, layers: dict[str, LayerLike]) ->
     children = _children("residual", params, layers)
     y, cache = {}, {}
     for name, layer in layers.items():
-        y[name], cache[name] = _within(name, layer.forward, children.get(name, {}), x)
-    _check_same(output.shape for output in y.values())
+        y[name], cache[name] = _call_child(
+            name, "forward", layer.forward, children.get(name, {}), x
+        )
+    _check_same(y["branch"].shape, y["shortcut"].shape)
     return y["branch"] + y["shortcut"], cache
 
 
@@ -1990,7 +2023,9 @@ def residual_backward(
     _check_cache("residual", cache, layers)
     dx, grads = {}, {}
     for name, layer in layers.items():
-        dx[name], own = _within(name, layer.backward, params.get(name, {}), cache[name], dy)
+        dx[name], own = _call_child(
+            name, "backward", layer.backward, params.get(name, {}), cache[name], dy
+        )
         if own:
             grads[name] = own
     return dx["branch"] + dx["shortcut"], grads
@@ -2019,7 +2054,10 @@ def _check_prediction(where: str, name: str, prediction: Any, axes: int | None =
     if prediction.size == 0:
         raise ValueError(f"{where}: {name} must not be empty, got shape {prediction.shape}")
     if axes is not None and prediction.ndim != axes:
-        raise ValueError(f"{where}: {name} must be (N, classes), got shape {prediction.shape}")
+        hint = "; put flatten() before the last layer" if prediction.ndim == 4 else ""
+        raise ValueError(
+            f"{where}: {name} must be (N, classes), got shape {prediction.shape}{hint}"
+        )
 
 
 def _check_labels(where: str, labels: Any, count: int, classes: int) -> None:
@@ -2036,13 +2074,15 @@ def _check_labels(where: str, labels: Any, count: int, classes: int) -> None:
         )
 
 
+def _two_shapes(where: str, target: Array, prediction: Array) -> str:
+    return f"{where}: target has shape {target.shape}, but the prediction has {prediction.shape}"
+
+
 def _probabilities(where: str, target: Any, prediction: Array) -> tuple[Array, Array | float]:
     """Class numbers (N,) or probabilities (N, K) as a new array (N, K), and its row sums."""
     if _is_array(target) and target.ndim == 2:
         if target.shape != prediction.shape:
-            raise ValueError(
-                f"{where}: target has shape {target.shape}, but the prediction {prediction.shape}"
-            )
+            raise ValueError(_two_shapes(where, target, prediction))
         if target.dtype.kind not in "biuf" or not (target.min() >= 0 and target.max() <= 1):
             raise ValueError(f"{where}: target probabilities must be numbers from 0 to 1")
         probabilities = target.astype(prediction.dtype)
@@ -2076,7 +2116,7 @@ def softmax_cross_entropy(
     total = gradient.sum(axis=1, keepdims=True)
     shifted -= np.log(total)
     loss = -float(np.vdot(t, shifted)) / len(t)
-    if math.isnan(loss):  # 0 · -inf, perhaps, where logits are further apart than the dtype reaches
+    if math.isnan(loss):  # 0 · -inf, perhaps, where logits differ by more than the dtype's range
         shifted[t == 0] = 0
         loss = -float(np.vdot(t, shifted)) / len(t)
     gradient *= sums / total
@@ -2085,6 +2125,7 @@ def softmax_cross_entropy(
     return loss, gradient
 
 
+@_quiet
 def cross_entropy(probabilities: Array, target: Array) -> tuple[float, Array]:
     """-Σ t log p, the mean over the batch; its gradient -t / p / N.
 
@@ -2133,9 +2174,7 @@ def _elementwise_target(where: str, prediction: Any, target: Any) -> Array:
     _check_prediction(where, "prediction", prediction)
     _check_numbers(where, "target", target)
     if target.shape != prediction.shape:
-        raise ValueError(
-            f"{where}: target has shape {target.shape}, but the prediction {prediction.shape}"
-        )
+        raise ValueError(_two_shapes(where, target, prediction))
     return target.astype(prediction.dtype, copy=False)
 
 
@@ -2189,7 +2228,7 @@ def l2_penalty(params: Tree, coefficient: float) -> tuple[float, Tree]:
     coefficient = _number("l2_penalty", "coefficient", coefficient, minimum=0, below=math.inf)
     arrays = _arrays("l2_penalty", "params", params)
     weights = {path: leaf for path, leaf in arrays.items() if leaf.ndim >= 2}
-    loss = sum(0.5 * coefficient * float(np.vdot(W, W)) for W in weights.values())
+    loss = sum((0.5 * coefficient * float(np.vdot(W, W)) for W in weights.values()), 0.0)
     return loss, tree_unflatten({path: coefficient * W for path, W in weights.items()})
 
 
@@ -2265,7 +2304,7 @@ def _take_step(params: Tree, grads: Tree, state: Tree, *, rule: _Rule) -> tuple[
     for name, tree in (("params", params), ("grads", grads), ("state", state)):
         _check_dict(where, name, tree)
     if "key" in params:
-        raise ValueError(f"{where}: params have a key; give step those without, not training(...)")
+        raise ValueError(f"{where}: params hold a key; pass the plain params, not training(...)")
     own = {"step", "scale", *rule.remembers}
     if not own <= state.keys() <= own | _PLATEAU:
         raise ValueError(f"{where}: the state is not this optimizer's, it has {_names(state)}")
@@ -2371,7 +2410,7 @@ def _adam_update(
 ) -> tuple[Array, Tree]:
     count = memory["count"] + 1
     t = int(count.item())
-    # In-place work on arrays made here halves the time: each pass over fresh memory is dear.
+    # In-place work on arrays made here halves the time: each pass over fresh memory is expensive.
     scratch = g * (1 - beta1)
     m = memory["m"] * beta1
     m += scratch
@@ -2416,7 +2455,7 @@ def adamw(
 ) -> Optimizer:
     """`adam` after p <- p · (1 - lr · weight_decay), instead of decay in the gradient.
 
-    As PyTorch's AdamW (Loshchilov and Hutter 2019). Errors as `adam`.
+    As PyTorch's AdamW (Loshchilov and Hutter 2019). Raises the same errors as `adam`.
     """
     options = _check_options(
         "adamw", lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay
@@ -2538,7 +2577,7 @@ def multistep(lr: float, milestones: Sequence[int] | Array, factor: float = 0.1)
     """lr · factor^(how many milestones have been reached)."""
     if isinstance(milestones, np.ndarray):
         milestones = milestones.tolist()
-    if isinstance(milestones, str) or not isinstance(milestones, Sequence):
+    if not isinstance(milestones, (tuple, list)):
         raise TypeError(f"multistep: milestones must be a sequence, got {_kind(milestones)}")
     return _schedule(_multistep, lr=lr, milestones=tuple(milestones), factor=factor)
 
@@ -2591,7 +2630,7 @@ def _one_cycle(step: int, *, peak: float, steps: int, rise: float) -> float:
 def one_cycle(peak: float, steps: int, rise: float = 0.3) -> Schedule:
     """A cosine from peak/25 up to `peak` for `rise` of the steps, then one down to peak/250,000.
 
-    Smith and Topin 2018, with the numbers of PyTorch's OneCycleLR; after the last step it stays.
+    Smith and Topin 2018, with the numbers of PyTorch's OneCycleLR; then it stays there.
     """
     return _schedule(_one_cycle, peak=peak, steps=steps, rise=rise)
 
@@ -2610,7 +2649,7 @@ def warmup(schedule: Rate, steps: int) -> Schedule:
 def reduce_on_plateau(
     state: Tree, loss: float, factor: float = 0.5, patience: int = 10, threshold: float = 1e-3
 ) -> Tree:
-    """An optimizer's state whose "scale" was multiplied by `factor` if the loss has settled.
+    """An optimizer's state whose "scale" was multiplied by `factor` if the loss has plateaued.
 
     That is after more than `patience` calls in a row in which the loss was not below
     best · (1 - threshold), as PyTorch's ReduceLROnPlateau counts them. The best loss and the
@@ -2696,7 +2735,7 @@ def _suspect(probe: _Probe, analytic: Array, direction: Array) -> int:
 
 def _compare(probe: _Probe, analytic: Array, y: Array, rtol: float, key: Key) -> None:
     """AssertionError where backward and central differences disagree."""
-    name = probe.path.replace("params/", "grads/") if probe.path != "x" else "dx"
+    name = "dx" if probe.path == "x" else f"grads/{probe.path.removeprefix('params/')}"
     if analytic.shape != probe.array.shape:
         raise AssertionError(
             f"check_gradients: {name} has shape {analytic.shape},"
@@ -2742,13 +2781,16 @@ def _float64(leaf: Any) -> Any:
     return array
 
 
-def _untrained(params: Any, cache: Any, path: str) -> set[str]:
+def _statistics_paths(params: Any, cache: Any, path: str) -> set[str]:
     """The paths of all running statistics."""
     if not isinstance(params, dict) or not isinstance(cache, dict):
         return set()
     found = {f"{path}/{name}" for name in _statistics(params, cache)}
     return found.union(
-        *(_untrained(value, cache.get(name), f"{path}/{name}") for name, value in params.items())
+        *(
+            _statistics_paths(value, cache.get(name), f"{path}/{name}")
+            for name, value in params.items()
+        )
     )
 
 
@@ -2773,11 +2815,12 @@ def check_gradients(
     params = {} if params is None else params
     _check_dict("check_gradients", "params", params)
     inputs = tree_map(_float64, {"params": params, "x": x})
-    y, cache = layer.forward(inputs["params"], inputs["x"])
+    y, cache = _two_results("forward", layer.forward(inputs["params"], inputs["x"]))
     if not isinstance(y, np.ndarray) or y.dtype != np.float64:
         raise AssertionError(f"check_gradients: y must be float64 like x, got {_kind(y)}")
     r: Array = np.asarray(_generator(key).standard_normal(y.shape))
-    dx, grads = layer.backward(inputs["params"], cache, r.copy())
+    r.flags.writeable = False
+    dx, grads = _two_results("backward", layer.backward(inputs["params"], cache, r))
     slopes = tree_flatten({"params": grads or {}, "x": dx})
     arrays = {
         path: array
@@ -2787,7 +2830,7 @@ def check_gradients(
     for path in slopes:
         if path not in arrays and path != "x":
             raise AssertionError(f"check_gradients: grads have {path[7:]!r}, but params do not")
-    untrained = _untrained(inputs["params"], cache, "params")
+    untrained = _statistics_paths(inputs["params"], cache, "params")
     for index, (path, array) in enumerate(arrays.items()):
         if path in slopes or path not in untrained:
             analytic = slopes.get(path, np.zeros(array.shape))  # what is missing counts as zero
@@ -2808,9 +2851,10 @@ ValueAndGrad = Callable[[Tree, Array, Array], tuple[float, Tree, Any]]
 def _value_and_grad(
     params: Tree, x: Array, target: Array, *, net: Differentiable, loss: Loss
 ) -> tuple[float, Tree, Any]:
-    prediction, cache = net.forward(params, x)
+    prediction, cache = _two_results("forward", net.forward(params, x))
     value, dprediction = loss(prediction, target)
-    return value, _without_dx(net.backward, params, cache, dprediction)[1], cache
+    _, grads = _two_results("backward", _without_dx(net.backward, params, cache, dprediction))
+    return value, grads, cache
 
 
 def value_and_grad(net: Differentiable, loss: Loss) -> ValueAndGrad:
@@ -2870,7 +2914,7 @@ def _data_parallel(
         parts.append((share, {**params, **key}, x[start:stop], target[start:stop]))
     results = list(map_parts(partial(_shard_gradients, gradients=gradients), parts))
     if len(results) != count:
-        raise ValueError(f"data_parallel: map gave {len(results)} results of {count} parts")
+        raise ValueError(f"data_parallel: map returned {len(results)} results for {count} parts")
     losses, grads, statistics = zip(*results, strict=True)
     return sum(losses), tree_add(*grads), tree_add(*statistics)
 
@@ -2882,11 +2926,12 @@ def data_parallel(
 ) -> ValueAndGrad:
     """The same function (params, x, target) -> (loss, grads, cache), computed in parts.
 
-    The batch is cut into `shards` equal parts. `map` computes them: the built-in one by one,
-    `ThreadPoolExecutor(2).map` in parallel; the result depends on `shards` alone. Loss, grads and
-    what the cache lists under "statistics" are means over the parts, weighted by their sizes and
-    added in order; nothing else of the cache remains. Each part has a key of its own, and batch
-    norm normalizes each part by itself. ValueError where x and target differ in length.
+    The batch is cut into `shards` parts of nearly equal size. `map` computes them: the built-in
+    one by one, `ThreadPoolExecutor(2).map` in parallel; the result depends on `shards` alone. Loss,
+    grads and what the cache lists under "statistics" are means over the parts, weighted by their
+    sizes and added in order; nothing else of the cache remains. Each part has a key of its own,
+    folded from params["key"], and batch norm normalizes each part by itself. ValueError where x
+    and target differ in length.
     """
     if not callable(value_and_grad) or not callable(map):
         raise TypeError("data_parallel: value_and_grad and map must be functions")
@@ -2935,7 +2980,7 @@ def _sample(images: Array, rows: Array, columns: Array) -> Array:
     padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)))
     rows = np.clip(rows + 1, 0, H + 0.999)  # every point lies among the padded pixels
     columns = np.clip(columns + 1, 0, W + 0.999)
-    top, left = rows.astype(np.intp), columns.astype(np.intp)
+    top, left = np.minimum(rows.astype(np.intp), H), np.minimum(columns.astype(np.intp), W)
     down = (rows - top).astype(images.dtype)[:, None]
     right = (columns - left).astype(images.dtype)[:, None]
     image = np.arange(N).reshape(N, 1, 1, 1) * C + np.arange(C).reshape(C, 1, 1)
@@ -3013,12 +3058,12 @@ def _path(where: str, path: Any) -> str:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file to write to, which replaces `path` once all of it is on the disk.
 
-    `with replacing("results.csv") as file: file.write(b"...")`. It is written as `path`.PID.tmp,
-    flushed, synced and renamed, so that there is always either the whole old file or the whole new
-    one; after an error, the old one. OSError as from `open`.
+    `with replacing("results.csv") as file: file.write(b"...")`. It is written beside `path` as a
+    .tmp file, flushed, synced and renamed, so that there is always either the whole old file or the
+    whole new one; after an error, the old one. OSError as from `open`.
     """
     path = _path("replacing", path)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -3043,16 +3088,17 @@ def save(path: Path, tree: Tree) -> None:
     """Write a tree of arrays to a file that `load` and `np.load` read (.npz, uncompressed).
 
     The file is written beside `path` and then renamed, so that an older one is never lost.
-    TypeError for leaves that are not arrays of numbers, ValueError for a name with NUL in it or of
-    more than 65,000 bytes, OSError if it cannot be written.
+    TypeError for leaves that are not arrays of numbers; ValueError for params that hold a key and
+    for a name with NUL in it, of more than 65,000 bytes or nested deeper than 100; OSError if it
+    cannot be written.
     """
     import zipfile
 
     path, flat = _path("save", path), _arrays("save", "tree", tree)
-    if "key" in tree:
-        raise ValueError("save: the tree has a key; save the params without, not training(...)")
     for name in flat:
-        if "\0" in name or len(name.encode()) > 65_000:
+        if name.split("/")[-1] == "key":
+            raise ValueError("save: params hold a key; save the plain params, not training(...)")
+        if "\0" in name or len(name.encode()) > 65_000 or name.count("/") > 100:
             raise ValueError(f"save: a name must be short and without NUL, got {name[:50]!r}")
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, leaf in flat.items():
@@ -3134,7 +3180,7 @@ def read_npz(path: Path, *, ratio: float = 1) -> dict[str, Array]:
         if archive.comment.startswith(b"purenn ") and archive.comment != _digest(archive):
             raise ValueError("its list of contents is damaged")
         if sum(member.file_size for member in members) > ratio * os.path.getsize(path):
-            raise ValueError("it claims to hold more than it can")
+            raise ValueError("its declared sizes exceed what the file can hold")
         for info in members:
             name, _, ending = info.filename.rpartition(".")
             if not name or ending != "npy" or name in arrays:
@@ -3161,9 +3207,9 @@ def load(path: Path) -> Tree:
 def keep_freed_memory() -> None:
     """Have the C library keep the memory of freed arrays for the next ones (glibc only).
 
-    By itself glibc hands large blocks back to the system, and the arrays of every training step
-    are then faulted in anew. Call it once, before training: it holds for the whole process, and
-    does nothing where the C library is another one.
+    By default glibc returns large blocks to the system, so that every training step page-faults its
+    arrays in again. Call it once, before training: it applies to the whole process, and does
+    nothing with another C library.
     """
     with contextlib.suppress(Exception):  # no such library, or a constant that it does not know
         import ctypes

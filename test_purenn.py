@@ -569,8 +569,7 @@ def test_slopes_at_a_kink_are_those_of_the_left():
 
 
 @given(
-    x=st.lists(st.floats(-30, 30), min_size=1, max_size=6),
-    shift=st.sampled_from([0.0, 1e4, -1e4]),
+    x=st.lists(st.floats(-30, 30), min_size=1, max_size=6), shift=st.sampled_from([0.0, 1e4, -1e4])
 )
 def test_softmaxes_are_their_formulas_wherever_the_logits_lie(x, shift):
     total = math.fsum(math.exp(value - max(x)) for value in x)
@@ -626,7 +625,7 @@ def test_weights_start_with_their_initializer_and_biases_with_0(name):
     np.testing.assert_array_equal(default, nn.he_normal(nn.fold_key(5, 0), of_W))
     for wrong in ((*of_W, 1), (of_W[0] + 1, *of_W[1:]), ()):
         layer = constructor(init=lambda key, _, wrong=wrong: np.zeros(wrong))
-        words = re.escape(f"{name}: init gave shape {wrong}, expected {of_W}")
+        words = re.escape(f"{name}: init returned shape {wrong}, expected {of_W}")
         with pytest.raises(ValueError, match=f"^{words}$"):
             layer.init(0, shape)
 
@@ -772,9 +771,7 @@ def test_layer_norm_is_its_formula(data):
 
 def test_update_statistics_reaches_every_depth_and_leaves_the_rest():
     net = nn.sequential(
-        nn.linear(3),
-        block=nn.residual(nn.sequential(nn.batch_norm())),
-        mean=nn.linear(3),
+        nn.linear(3), block=nn.residual(nn.sequential(nn.batch_norm())), mean=nn.linear(3)
     )
     params, _ = net.init(0, (2,))
     x = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
@@ -1387,6 +1384,41 @@ def test_repr_of_a_users_layer_names_its_functions():
     assert repr(net) == "sequential(linear(2), mine=UsersLayer())"
     changed = nn.relu()._replace(forward=users_forward)
     assert "users_forward" in repr(changed)
+
+
+def use(layer):
+    """Everything that calls the three functions of a layer, as a network does."""
+    net, x = nn.sequential(a=nn.relu(), b=layer), np.ones((2, 3))
+    net.init(0, (3,))
+    net.backward({}, net.forward({}, x)[1], x)
+
+
+def check(layer):
+    nn.check_gradients(layer, {}, np.ones((2, 3)))
+
+
+def differentiate(layer):
+    nn.value_and_grad(layer, nn.mean_squared_error)({}, np.ones((2, 3)), np.ones((2, 3)))
+
+
+@pytest.mark.parametrize("bad", [np.ones((2, 3)), (1,), (1, {}, 1), None], ids=str)
+@pytest.mark.parametrize("what", ["init", "forward", "backward"])
+def test_functions_that_return_the_wrong_things_are_named(what, bad):
+    layer = nn.relu()._replace(**{what: lambda *_: bad})
+    for call in (use,) if what == "init" else (use, check, differentiate):
+        prefix = "b: " if call is use else ""
+        with pytest.raises(TypeError, match=rf"^{prefix}{what} must return \(\w+, \w+\), got"):
+            call(layer)
+
+
+def test_a_backward_that_writes_into_dy_is_found():
+    def backward(params, cache, dy):
+        dy *= 2
+        return dy, {}
+
+    double = nn.Layer(nn.identity_init, lambda params, x: (2 * x, x), backward)
+    with pytest.raises(ValueError, match="read-only"):
+        nn.check_gradients(double, {}, np.ones((2, 3)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2058,14 +2090,8 @@ SCHEDULES = {  # name: (schedule, formula)
         nn.cosine(2.0, 10, 0.5),
         lambda step: 0.5 + 1.5 * (1 + math.cos(math.pi * min(step, 10) / 10)) / 2,
     ),
-    "cosine default": (
-        nn.cosine(2.0, 5),
-        lambda step: 1 + math.cos(math.pi * min(step, 5) / 5),
-    ),
-    "cyclic": (
-        nn.cyclic(0.5, 2.5, 4),
-        lambda step: 0.5 + 2.0 * (1 - abs((step % 8) / 4 - 1)),
-    ),
+    "cosine default": (nn.cosine(2.0, 5), lambda step: 1 + math.cos(math.pi * min(step, 5) / 5)),
+    "cyclic": (nn.cyclic(0.5, 2.5, 4), lambda step: 0.5 + 2.0 * (1 - abs((step % 8) / 4 - 1))),
     "warmup of a number": (nn.warmup(2.0, 4), lambda step: 2.0 * min(1, (step + 1) / 4)),
     "warmup of a schedule": (
         nn.warmup(nn.exponential(2.0, 0.9), 3),
@@ -2530,7 +2556,9 @@ def test_data_parallel_refuses_what_its_function_would_refuse():
             2,
             lambda f, parts, count=count: [f(parts[0])] * count,
         )
-        with pytest.raises(ValueError, match=f"data_parallel: map gave {count} results of 2 parts"):
+        with pytest.raises(
+            ValueError, match=f"data_parallel: map returned {count} results for 2 parts"
+        ):
             odd(params, x, labels)
 
 
@@ -2967,6 +2995,18 @@ def test_errors_of_numpy_are_as_the_caller_set_them():
         x * 10
 
 
+def test_statistics_without_axes_stay_arrays():
+    params, cache = {"s": np.zeros(())}, {"statistics": {"s": np.ones(())}}
+    moved = nn.update_statistics(nn.update_statistics(params, cache, 0.5), cache, 0.5)
+    assert type(moved["s"]) is np.ndarray
+    assert moved["s"] == 0.75
+
+
+def test_images_larger_than_float32_can_count_are_augmented():
+    image = np.ones((1, 1, 32768, 1), np.float32)
+    assert nn.augment(0, image, shift=50.0, rotation=0.0).shape == image.shape
+
+
 # ------------------------------------------------------------------------------------------------
 # Misuse: every parameter of every public function, and of what these return
 # ------------------------------------------------------------------------------------------------
@@ -2990,7 +3030,10 @@ def value_error(words, *values):
 
 def number(limits, *beyond):
     rows = type_error("must be a number, got", *NO_NUMBERS)
-    return rows + value_error(f"must be {limits}, got", math.nan, *beyond)
+    for bad in (math.nan, *beyond):
+        finite = "finite and " if bad in (math.inf, -math.inf) and limits != "finite" else ""
+        rows += value_error(f"must be {finite}{limits}, got", bad)
+    return rows
 
 
 def whole(minimum):
@@ -3091,7 +3134,7 @@ def no_labels(labels):
     rows = [[0, 2], None, "x", 1.0, 0, {}, np.int64(0), np.ma.masked_array([0, 2], [False, True])]
     yield from type_error("labels must be a NumPy array, got", *rows)
     rows = [np.array(0), np.array([0]), np.array([0, 1, 2]), np.array([[0], [2]])]
-    words = r"(labels must have shape \(2,\), got|target has shape .*, but the prediction)"
+    words = r"(labels must have shape \(2,\), got|target has shape .*, but the prediction has)"
     yield from value_error(words, *rows, np.ones((2, 4)), Z[None])
     rows = [np.array(bad) for bad in ([0.0, 2.0], [True, False])]
     words = "labels must be whole numbers"
@@ -3104,7 +3147,7 @@ def no_labels(labels):
 def no_target(target):
     words = "target must be an array of numbers, got"
     yield from type_error(words, *no_numbers(target), 1.0, {})
-    words = r"target has shape \(.*\), but the prediction \(2, 3\)$"
+    words = r"target has shape \(.*\), but the prediction has \(2, 3\)$"
     rows = [np.ones(()), target[None], target[:1], np.ones((2, 4)), np.ones((3, 3)), LABELS]
     yield from value_error(words, *rows)
 
@@ -3175,7 +3218,7 @@ def no_plateau(state):
 
 def no_statistics(cache):
     bad = [one for one in NO_DICTS if not isinstance(one, np.ndarray)]
-    yield from type_error("cache must be that of forward, got", *bad)
+    yield from type_error("cache must be the one that forward returned, got", *bad)
     path = "a/statistics/mean"
     wrong = [replaced(cache, path, bad) for bad in no_numbers(np.ones(3))]
     yield from type_error("mean must be an array of numbers, got", *wrong)
@@ -3631,6 +3674,8 @@ NOT_A_SHAPE_OF_IT = [  # (layer, shape that init refuses, what is said after the
     (nn.layer_norm(), (), "shape must be (..., in), got ()"),
     (nn.softmax(), (), "shape must be (..., classes), got ()"),
     (nn.log_softmax(), (), "shape must be (..., classes), got ()"),
+    (nn.elu(), (0,), "every size in shape must be at least 1, got 0"),
+    (nn.dropout(0.1), (0,), "every size in shape must be at least 1, got 0"),
     *(
         (nn.batch_norm(), shape, f"shape must be (C,) or (C, H, W), got {shape}")
         for shape in ((), (2, 2), (1, 2, 3, 4))
@@ -3652,7 +3697,7 @@ UNTYPED: Any = nn  # mypy would refuse what is refused here
 SENTENCES: list = [  # (call, exception, what is said)
     *((partial(forward_of_ones, *row), ValueError, f"{name_of(row[0].forward)}: {words}")
       for *row, words in DOES_NOT_FIT),
-    *((partial(layer.init, 0, shape), ValueError, f"{name_of(layer.init)}: {words}")
+    *((partial(layer.init, 0, shape), ValueError, f"{name_of(layer.forward)}: {words}")
       for layer, shape, words in NOT_A_SHAPE_OF_IT),
     *((partial(pool(7).init, 0, (4, 6, 7)), ValueError,
        f"{pool.__name__}: the window covers 7 x 7 pixels, but the padded image has 6 x 7")
@@ -3661,9 +3706,9 @@ SENTENCES: list = [  # (call, exception, what is said)
       for name, layer in {"max_pool2d": nn.max_pool2d(2), "avg_pool2d": nn.avg_pool2d(2),
                           "global_avg_pool2d": nn.global_avg_pool2d()}.items()),
     (lambda: nn.sgd(0.1).step(nn.training({}, 0), {}, nn.sgd(0.1).init({})), ValueError,
-     "sgd: params have a key; give step those without, not training(...)"),
+     "sgd: params hold a key; pass the plain params, not training(...)"),
     (lambda: nn.save("x.npz", nn.training({}, 0)), ValueError,
-     "save: the tree has a key; save the params without, not training(...)"),
+     "save: params hold a key; save the plain params, not training(...)"),
     (lambda: UNTYPED.linear(2.5), TypeError, "linear: out must be a whole number, got 2.5"),
     (lambda: UNTYPED.sequential(3), TypeError, "sequential: 0 must be a layer, but 3 has no init"),
     (lambda: UNTYPED.sequential(types.SimpleNamespace(init=print)), TypeError,
@@ -3673,7 +3718,7 @@ SENTENCES: list = [  # (call, exception, what is said)
     (lambda: nn.softmax_cross_entropy(Z, np.array([0, 3])), ValueError,
      "softmax_cross_entropy: labels must be from 0 to 2, got 0 to 3"),
     (lambda: nn.softmax_cross_entropy(Z, np.ones((1, 3))), ValueError,
-     "softmax_cross_entropy: target has shape (1, 3), but the prediction (2, 3)"),
+     "softmax_cross_entropy: target has shape (1, 3), but the prediction has (2, 3)"),
     (lambda: nn.cross_entropy(Z, Z.astype(complex)), ValueError,
      "cross_entropy: target probabilities must be numbers from 0 to 1"),
     (lambda: nn.cross_entropy(2 * Z, LABELS), ValueError,
@@ -3686,9 +3731,10 @@ SENTENCES: list = [  # (call, exception, what is said)
        f"{f.__name__}: momentum at step 2 must be >= 0 and < 1, got 1.0")
       for f in (nn.sgd, nn.rmsprop)),
     *((lambda bad=bad: nn.adam(lambda step: bad).step({}, {}, nn.adam().init({})), ValueError,
-       f"adam: lr at step 0 must be >= 0, got {bad}") for bad in (math.nan, math.inf, -0.1)),
+       f"adam: lr at step 0 must be >= 0, got {bad}") for bad in (math.nan, -0.1)),
     *((partial(init, 0, (3,)), ValueError,
-       f"{init.__name__}: shape (3,) has no fans, expected (in, out) or a kernel's") for init in
+       f"{init.__name__}: shape (3,) has no fans, expected (in, out) or (out, in, kh, kw)")
+       for init in
       (nn.xavier_normal, nn.xavier_uniform, nn.he_normal, nn.he_uniform, nn.orthogonal)),
     *((lambda batch=batch, count=count: nn.batch_norm().forward(
         nn.training(nn.batch_norm().init(0, (3,))[0], 0), np.ones(batch)), ValueError,
@@ -4192,7 +4238,9 @@ def test_a_file_may_claim_what_it_could_hold_and_not_a_byte_more(tmp_path, optio
     assert nn.read_npz(path, **options)["a"].shape == (1_000_000,)
     path.write_bytes(bytes(padding - 1) + small)
     for read in (partial(nn.read_npz, **options), nn.load):
-        with pytest.raises(ValueError, match=f"^{path}: .*it claims to hold more than it can$"):
+        with pytest.raises(
+            ValueError, match=f"^{path}: .*its declared sizes exceed what the file can hold$"
+        ):
             read(path)
 
 
@@ -4224,6 +4272,32 @@ def test_links_are_followed_and_what_is_no_file_is_refused(tmp_path, read):
     nn.save(tmp_path / "real", {"a": np.ones(2)})
     (tmp_path / "link").symlink_to("real")
     np.testing.assert_array_equal(read(tmp_path / "link")["a"], [1, 1])
+
+
+def test_what_load_would_refuse_is_not_saved(tmp_path):
+    deep = {"W": np.ones(2)}
+    for _ in range(101):
+        deep = {"a": deep}
+    with pytest.raises(ValueError, match="^save: a name must be short and without NUL"):
+        nn.save(tmp_path / "deep.npz", deep)
+    nn.save(tmp_path / "deep.npz", deep["a"])
+    assert all_bytes(nn.load(tmp_path / "deep.npz")) == all_bytes(deep["a"])
+    with pytest.raises(ValueError, match="^save: params hold a key"):
+        nn.save(tmp_path / "key.npz", {"a": {"b": nn.training({}, 0)}})
+
+
+def test_two_threads_may_replace_one_file(tmp_path):
+    path, both = tmp_path / "x", threading.Barrier(2, timeout=60)
+
+    def write(text):
+        with nn.replacing(path) as file:
+            file.write(text)
+            both.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, [b"1", b"2"]))
+    assert path.read_bytes() in (b"1", b"2")
+    assert os.listdir(tmp_path) == ["x"]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -31,6 +32,8 @@ def real(minimum: float, below: float, text: str) -> float:
     number = float(text)
     if not minimum <= number < below:
         limits = f"at least {minimum:g}" + (f" and below {below:g}" if below < math.inf else "")
+        if not math.isfinite(number):
+            limits = f"a finite number of {limits}"
         raise argparse.ArgumentTypeError(f"expected {limits}, got {text}")
     return number
 
@@ -255,4 +258,4 @@ def as_arguments(values: dict[str, Any]) -> Iterator[str]:
 
 def format_command(values: dict[str, Any], name: str = "") -> str:
     """A command with these options, as one would type it."""
-    return " ".join([*([name] if name else []), *as_arguments(values)])
+    return shlex.join([*([name] if name else []), *as_arguments(values)])

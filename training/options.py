@@ -136,7 +136,7 @@ class Options:
         type=count_or_zero,
     )
     train_size: int | None = data_option(
-        "train on N of the other training images, chosen by the seed (default: all)",
+        "train on N of the images that are not held out, chosen by the seed (default: all)",
         metavar="N",
         type=count,
     )
@@ -305,8 +305,9 @@ class Options:
     )
     predict: tuple[str, ...] | None = output_option(
         "instead of training, classify these images with the network in --out: image files or"
-        " folders of them (need Pillow), a .npz with one array, IDX files; prints the name, the"
-        " class and its probability (softmax) of each",
+        " folders of them (need Pillow), a .npz with one array, IDX files; they are resized, and"
+        " should look like the training images (MNIST: white on black); prints the name, the class"
+        " and its probability (softmax) of each",
         metavar="FILE",
         nargs="+",
     )

@@ -68,6 +68,8 @@ def set_up(
     data, source = load_parts(options)
     if options.schedule == "plateau" and not len(data["x_validation"]):
         raise ValueError("--schedule plateau needs validation images, but --validation is 0")
+    if len(data.get("classes", (0, 1))) < 2:
+        raise ValueError(f"{source}: expected at least two classes, found {len(data['classes'])}")
     task = choose_task(options, len(data.get("classes", ())))
     return Experiment(options, data, task, build(options, task.outputs), team), source
 
@@ -240,6 +242,8 @@ def main(
     """A script with these options, this network and these pictures; gives its exit code."""
     parser = new_parser(record, description, EPILOG)
     options = parse(record, parser, arguments)
+    if options.compare is not None and options.predict is not None:
+        parser.error("--predict and --compare exclude each other")
     if options.compare is not None:
         return exit_code(parser.prog, partial(compare_runs, options))
     if options.predict is not None:
@@ -255,11 +259,20 @@ def exit_code(name: str, function: Callable[[], None]) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"\n{name}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # as of `| head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, MemoryError) as error:
-        reason = " ".join(str(error).splitlines()) or "not enough memory"
-        print(f"{name}: error: {reason}", file=sys.stderr)
+        print(f"{name}: error: {reason(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in one line: of a system error its file and its text."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    return " ".join(str(error).splitlines()) or "not enough memory"
 
 
 def mpi_exit_code(name: str, function: Callable[[], None]) -> int:

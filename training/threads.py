@@ -27,5 +27,11 @@ def describe_threads() -> str:
     return next((os.environ[name] for name in BLAS_THREADS if name in os.environ), "all cores")
 
 
-if any(argument.startswith(("--sh", "--wo", "--mp")) for argument in sys.argv):
-    use_one_thread()  # argparse takes abbreviations of --shards, --workers and --mpi
+def asks_for_workers(argument: str) -> bool:
+    """Whether this is --shards, --workers or --mpi, or an abbreviation that argparse takes."""
+    flag, known = argument.partition("=")[0], ("--shards", "--workers", "--mpi")
+    return len(flag) > 3 and any(option.startswith(flag) for option in known)
+
+
+if any(map(asks_for_workers, sys.argv)):
+    use_one_thread()

@@ -4,6 +4,7 @@ import io
 import os
 import pathlib
 import re
+import subprocess
 import sys
 import threading
 import types
@@ -18,6 +19,7 @@ from training import checkpoints, datasets, mnist, pictures, run
 from training.images import resize
 from training.tests.conftest import (
     LAST_LINE,
+    REPOSITORY,
     blobs,
     mlp_experiment,
     outputs_in,
@@ -218,7 +220,8 @@ def test_a_network_that_does_not_fit_is_found_before_it_trains(blob_file, capsys
     [
         (None, 0, ""),
         (ValueError("a\nb"), 2, "a.py: error: a b\n"),
-        (OSError(28, "No space left"), 2, "a.py: error: [Errno 28] No space left\n"),
+        (OSError(28, "No space left"), 2, "a.py: error: No space left\n"),
+        (OSError(2, "No such file", "x.npz"), 2, "a.py: error: x.npz: No such file\n"),
         (MemoryError(), 2, "a.py: error: not enough memory\n"),
         (KeyboardInterrupt(), 130, "\na.py: interrupted\n"),
         (KeyboardInterrupt("after step 3"), 130, "\na.py: after step 3\n"),
@@ -331,3 +334,25 @@ def test_runs_that_measured_different_things_are_not_compared(capsys):
     write_run("b", metrics="error")
     assert train_mlp.main(["--compare", "a", "b"]) == 2
     assert "--compare: these runs measured different things" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    code = "from training.run import *\ndef f(): raise BrokenPipeError\nexit(exit_code('a', f))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=REPOSITORY)
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
+
+
+def test_predicting_and_comparing_exclude_each_other(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_mlp.main(["--predict", "a.png", "--compare", "a", "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "--predict and --compare exclude each other" in capsys.readouterr().err
+
+
+def test_a_single_class_is_refused(tmp_path, capsys):
+    images = np.zeros((20, 4, 4), np.uint8)
+    parts = {"x_train": images, "x_test": images}
+    labels = {"y_train": np.zeros(20, int), "y_test": np.zeros(20, int)}
+    np.savez(tmp_path / "one.npz", **parts, **labels)
+    assert train_on(tmp_path / "one.npz") == 2
+    assert "one.npz: expected at least two classes, found 1" in capsys.readouterr().err
