@@ -926,7 +926,7 @@ def leaky_relu_backward(
 
 @_constructor
 def leaky_relu(slope: float = 0.01) -> Layer:
-    """x where x > 0, else slope · x (Maas et al. 2013)."""
+    """x where x > 0, else slope · x (Maas et al. 2013). ValueError for a slope not finite."""
     slope = _number("leaky_relu", "slope", slope, above=-math.inf, below=math.inf)
     return _elementwise(leaky_relu_forward, leaky_relu_backward, slope=slope)
 
@@ -946,7 +946,7 @@ def elu_backward(params: Tree, cache: Array, dy: Array, *, alpha: float) -> tupl
 
 @_constructor
 def elu(alpha: float = 1.0) -> Layer:
-    """x where x > 0, else alpha · (exp(x) - 1) (Clevert et al. 2016)."""
+    """x where x > 0, else alpha · (exp(x) - 1), for alpha > 0 (Clevert et al. 2016)."""
     alpha = _number("elu", "alpha", alpha, above=0, below=math.inf)
     return _elementwise(elu_forward, elu_backward, alpha=alpha)
 
@@ -1135,7 +1135,8 @@ def dropout_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]
 def dropout(rate: float) -> Layer:
     """Drops each entry with probability `rate` while training and scales up the rest.
 
-    At inference it is the identity ("inverted" dropout; Srivastava et al. 2014).
+    At inference it is the identity ("inverted" dropout; Srivastava et al. 2014). ValueError for a
+    rate outside [0, 1).
     """
     rate = _number("dropout", "rate", rate, minimum=0, below=1)
     init = partial(identity_init, where="dropout")
@@ -2102,6 +2103,7 @@ def softmax_cross_entropy(
 
     logits (N, K); target: class numbers (N,) or probabilities (N, K). With `smoothing` s in
     [0, 1), t becomes (1 - s) t + s/K (Szegedy et al. 2016, as PyTorch's label_smoothing).
+    ValueError for shapes that do not fit, labels out of range or an empty batch.
     """
     where = "softmax_cross_entropy"
     _check_prediction(where, "logits", logits, axes=2)
@@ -2132,6 +2134,7 @@ def cross_entropy(probabilities: Array, target: Array) -> tuple[float, Array]:
     probabilities p (N, K), as `softmax` gives them; target: class numbers (N,) or probabilities
     (N, K). p is clipped from below at the smallest normal number, so that log 0 is never met.
     Training is more accurate with `softmax_cross_entropy` on logits.
+    ValueError for shapes that do not fit, labels out of range or an empty batch.
     """
     where = "cross_entropy"
     _check_prediction(where, "probabilities", probabilities, axes=2)
@@ -2153,6 +2156,7 @@ def hinge(scores: Array, target: Array, margin: float = 1.0) -> tuple[float, Arr
     """Σ max(0, s_j - s_y + margin) over the wrong classes j, the mean over the batch.
 
     scores (N, K), target: class numbers y (N,) (Weston and Watkins 1999, as CS231n).
+    ValueError for shapes that do not fit, labels out of range or an empty batch.
     """
     _check_prediction("hinge", "scores", scores, axes=2)
     margin = _number("hinge", "margin", margin, minimum=0, below=math.inf)
@@ -2182,7 +2186,8 @@ def _elementwise_target(where: str, prediction: Any, target: Any) -> Array:
 def binary_cross_entropy(logits: Array, target: Array) -> tuple[float, Array]:
     """-(t log σ(z) + (1 - t) log(1 - σ(z))), the mean over all elements; gradient (σ(z) - t)/size.
 
-    logits z and target t in [0, 1] of the same shape (as PyTorch's BCEWithLogitsLoss).
+    logits z and target t in [0, 1] of the same shape (as PyTorch's BCEWithLogitsLoss). ValueError
+    for shapes that differ or are empty, and a target out of range.
     """
     t = _elementwise_target("binary_cross_entropy", logits, target)
     if not (t.min() >= 0 and t.max() <= 1):
@@ -2193,14 +2198,20 @@ def binary_cross_entropy(logits: Array, target: Array) -> tuple[float, Array]:
 
 @_quiet
 def mean_squared_error(prediction: Array, target: Array) -> tuple[float, Array]:
-    """(p - t)², the mean over all elements; gradient 2 (p - t) / size."""
+    """(p - t)², the mean over all elements; gradient 2 (p - t) / size.
+
+    ValueError for shapes that differ or are empty.
+    """
     difference = prediction - _elementwise_target("mean_squared_error", prediction, target)
     return float(np.square(difference).mean()), difference * (2 / difference.size)
 
 
 @_quiet
 def mean_absolute_error(prediction: Array, target: Array) -> tuple[float, Array]:
-    """|p - t|, the mean over all elements; gradient sign(p - t) / size."""
+    """|p - t|, the mean over all elements; gradient sign(p - t) / size.
+
+    ValueError for shapes that differ or are empty.
+    """
     difference = prediction - _elementwise_target("mean_absolute_error", prediction, target)
     return float(np.abs(difference).mean()), np.sign(difference) / difference.size
 
@@ -2210,6 +2221,7 @@ def huber(prediction: Array, target: Array, delta: float = 1.0) -> tuple[float, 
     """d²/2 where |d| <= delta, else delta · (|d| - delta/2), with d = p - t; the mean over all.
 
     The gradient is d, clipped to [-delta, delta], over the size (as PyTorch's HuberLoss).
+    ValueError for shapes that differ or are empty, or a delta that is not positive.
     """
     delta = _number("huber", "delta", delta, above=0, below=math.inf)
     difference = prediction - _elementwise_target("huber", prediction, target)
@@ -2485,7 +2497,7 @@ def rmsprop(
 
     g includes weight_decay · p; momentum may be a schedule. As PyTorch's RMSprop (Tieleman and
     Hinton 2012). ValueError for a decay or momentum outside [0, 1), an eps that is not positive,
-    a negative rate.
+    a negative rate or weight decay.
     """
     options = _check_options(
         "rmsprop", lr=lr, decay=decay, eps=eps, momentum=momentum, weight_decay=weight_decay
@@ -2527,7 +2539,8 @@ def adadelta(
     """s <- decay · s + (1 - decay) g², d = sqrt(u + eps) / sqrt(s + eps) · g, p <- p - lr · d.
 
     u <- decay · u + (1 - decay) d²; g includes weight_decay · p. As PyTorch's Adadelta (Zeiler
-    2012). ValueError for a decay outside [0, 1), an eps that is not positive, a negative rate.
+    2012). ValueError for a decay outside [0, 1), an eps that is not positive, a negative rate or
+    weight decay.
     """
     options = _check_options("adadelta", lr=lr, decay=decay, eps=eps, weight_decay=weight_decay)
     remembers = ["square_average", "change_average"]
@@ -2565,7 +2578,7 @@ def _step_decay(step: int, *, lr: float, every: int, factor: float) -> float:
 
 
 def step_decay(lr: float, every: int, factor: float = 0.1) -> Schedule:
-    """lr · factor^⌊step / every⌋."""
+    """lr · factor^⌊step / every⌋. ValueError for options out of range, as in all schedules."""
     return _schedule(_step_decay, lr=lr, every=every, factor=factor)
 
 
@@ -2574,7 +2587,7 @@ def _multistep(step: int, *, lr: float, milestones: tuple[int, ...], factor: flo
 
 
 def multistep(lr: float, milestones: Sequence[int] | Array, factor: float = 0.1) -> Schedule:
-    """lr · factor^(how many milestones have been reached)."""
+    """lr · factor^(number of milestones reached). ValueError for options out of range."""
     if isinstance(milestones, np.ndarray):
         milestones = milestones.tolist()
     if not isinstance(milestones, (tuple, list)):
@@ -2587,7 +2600,7 @@ def _exponential(step: int, *, lr: float, decay: float) -> float:
 
 
 def exponential(lr: float, decay: float) -> Schedule:
-    """lr · decay^step."""
+    """lr · decay^step. ValueError for a negative lr or a decay outside [0, 1]."""
     return _schedule(_exponential, lr=lr, decay=decay)
 
 
@@ -2603,7 +2616,7 @@ def _cosine(step: int, *, lr: float, steps: int, final: float) -> float:
 def cosine(lr: float, steps: int, final: float = 0.0) -> Schedule:
     """final + (lr - final) · (1 + cos(π · step / steps)) / 2, and `final` from `steps` on.
 
-    Loshchilov and Hutter 2017, without restarts.
+    Loshchilov and Hutter 2017, without restarts. ValueError for options out of range.
     """
     return _schedule(_cosine, lr=lr, steps=steps, final=final)
 
@@ -2614,7 +2627,10 @@ def _cyclic(step: int, *, low: float, high: float, half_cycle: int) -> float:
 
 
 def cyclic(low: float, high: float, half_cycle: int) -> Schedule:
-    """A triangle: `low` at 0, `high` after `half_cycle` steps, then back to `low` (Smith 2017)."""
+    """A triangle: `low` at 0, `high` after `half_cycle` steps, then back to `low` (Smith 2017).
+
+    ValueError for a negative rate or a half cycle below 1.
+    """
     return _schedule(_cyclic, low=low, high=high, half_cycle=half_cycle)
 
 
@@ -2631,6 +2647,7 @@ def one_cycle(peak: float, steps: int, rise: float = 0.3) -> Schedule:
     """A cosine from peak/25 up to `peak` for `rise` of the steps, then one down to peak/250,000.
 
     Smith and Topin 2018, with the numbers of PyTorch's OneCycleLR; then it stays there.
+    ValueError for options out of range.
     """
     return _schedule(_one_cycle, peak=peak, steps=steps, rise=rise)
 
@@ -2642,7 +2659,10 @@ def _warmup(step: int, *, schedule: Rate, steps: int) -> float:
 
 
 def warmup(schedule: Rate, steps: int) -> Schedule:
-    """schedule(step) · min(1, (step + 1) / steps); `schedule` may be a number."""
+    """schedule(step) · min(1, (step + 1) / steps); `schedule` may be a number.
+
+    ValueError for steps below 1 or a negative rate.
+    """
     return _schedule(_warmup, schedule=schedule, steps=steps)
 
 
@@ -2653,7 +2673,8 @@ def reduce_on_plateau(
 
     That is after more than `patience` calls in a row in which the loss was not below
     best · (1 - threshold), as PyTorch's ReduceLROnPlateau counts them. The best loss and the
-    count are kept in the state as "plateau_best" and "plateau_count".
+    count are kept in the state as "plateau_best" and "plateau_count". ValueError for options out of
+    range or what is not an optimizer's state.
     """
     where = "reduce_on_plateau"
     if not isinstance(state, dict) or "scale" not in state:
@@ -2943,6 +2964,7 @@ def accuracy(logits: Array, labels: Array) -> float:
     """The fraction of samples (N,) whose largest logit, of (N, K), is that of their label.
 
     A sample with a nan among its logits counts as wrong. Of equal logits the first one counts.
+    ValueError for shapes that do not fit or labels out of range.
     """
     _check_prediction("accuracy", "logits", logits, axes=2)
     _check_labels("accuracy", labels, *logits.shape)
