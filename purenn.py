@@ -3150,13 +3150,15 @@ def _open(path: str) -> IO[bytes]:
 
 def _read_array(file: IO[bytes], dtype: np.dtype[Any], shape: Shape, order: Any) -> Array:
     """The array in the rest of a file, read without allocating more than the file holds."""
+    import io
+    import shutil
+
+    data = io.BytesIO()
+    shutil.copyfileobj(file, data)  # to the end, where checksums are
     size = math.prod(shape) * dtype.itemsize
-    data = bytearray()
-    while piece := file.read(min(size + 1 - len(data), 1 << 20)):  # to the end, where checksums are
-        data += piece
-    if len(data) != size:
-        raise ValueError(f"shape {shape} needs {size} bytes, but it has {len(data)} or more")
-    array = np.frombuffer(data, dtype).reshape(shape, order=order)
+    if data.tell() != size:
+        raise ValueError(f"shape {shape} needs {size} bytes, but it has {data.tell()}")
+    array = np.frombuffer(data.getbuffer(), dtype).reshape(shape, order=order)
     return array.astype(dtype.newbyteorder("="), copy=False)
 
 

@@ -35,7 +35,7 @@ network_option = partial(option, group="network")
 class CNNOptions(Options):
     """The options of every script, and those about convolutions."""
 
-    usual_shards: ClassVar[int] = 2
+    default_shards: ClassVar[int] = 2
     epochs: int = with_default(Options, "epochs", 9)
     hidden: tuple[int, ...] = with_default(Options, "hidden", (128,))
     channels: tuple[int, ...] = network_option(

@@ -71,7 +71,7 @@ def check_unused(folder: str) -> None:
     """ValueError for a folder that holds a run."""
     if any(os.path.exists(os.path.join(folder, name)) for name in OUTPUTS):
         raise ValueError(
-            f"{folder}: this folder holds a run; go on with it with --resume, or choose another"
+            f"{folder}: this folder holds a run; continue it with --resume, or choose another"
             " folder for --out"
         )
 
@@ -168,7 +168,9 @@ def check_values(before: dict[str, Any], after: dict[str, Any]) -> None:
         old, new = before.get(flag), after.get(flag)
         if old != new:
             texts = [json.dumps(value) if value is not None else "default" for value in (old, new)]
-            raise ValueError(f"it is of another training: {flag} {texts[0]} then, {texts[1]} now")
+            raise ValueError(
+                f"it belongs to a different run: {flag} {texts[0]} then, {texts[1]} now"
+            )
 
 
 @contextlib.contextmanager
@@ -278,7 +280,7 @@ def check_fingerprint(then: dict[str, Any], now: dict[str, Any]) -> None:
     """ValueError if something is of other options or data than this."""
     check_values(then["options"], now["options"])
     if then["data"] != now["data"]:
-        raise ValueError("it is of another training: the data are others")
+        raise ValueError("it belongs to a different run: the data differ")
 
 
 def write_checkpoint(progress: Progress, *, folder: str, about: dict[str, Any]) -> None:

@@ -81,7 +81,7 @@ def option(
 ) -> Any:
     """A field of a record; `argument` is what argparse's `add_argument` takes.
 
-    `help` may refer to the record, as in {record.usual_shards}. `distinguishes`: runs are told
+    `help` may refer to the record, as in {record.default_shards}. `distinguishes`: runs are told
     apart by it (--compare, titles). `resumes`: a training may be resumed with another value of it.
     `only_with`: another option, and its choices without which this one would be silently ignored.
     `presets`: {choice: {other option: its default then}}.

@@ -18,7 +18,7 @@ from training import mnist
 from training.digits import draw_digits
 from training.files import as_path, blame, open_binary, read_array
 from training.images import read_image_folders, resize, sub_folders
-from training.terminal import MovingLine
+from training.terminal import ProgressLine
 
 Dataset = dict[str, np.ndarray]
 DEFAULT_FOLDER = os.path.join("data", "mnist")
@@ -33,9 +33,9 @@ PARTS = {
 
 
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
-    """The array in an IDX file, the format of MNIST; packed with gzip or not.
+    """The array in an IDX file, the format of MNIST; compressed with gzip or not.
 
-    ValueError (with the path) for a damaged or truncated file, and for one packed more than 200
+    ValueError (with the path) for a damaged or truncated file, and for one compressed more than 200
     to 1 and larger than a megabyte.
     """
     path = as_path("read_idx", path)
@@ -43,7 +43,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         limit = os.path.getsize(path)
-        if packed:  # labels in order are small, but pack more tightly than any images
+        if packed:  # sorted labels are small, but compress better than any images
             limit = max(RATIO * limit, 1 << 20)
         with gzip.open(raw) if packed else raw as file:
             header = file.read(4)
@@ -162,7 +162,7 @@ def has_dataset(folder: str) -> bool:
     )
 
 
-def show_download(line: MovingLine, name: str, done: int, total: int) -> None:
+def show_download(line: ProgressLine, name: str, done: int, total: int) -> None:
     """Progress of a download, for `download_mnist`."""
     share = f" of {total / 1e6:.1f}" if total else ""
     line.show(f"downloading {name}: {done / 1e6:.1f}{share} MB", important=done >= total)
@@ -172,7 +172,7 @@ def find_mnist() -> str:
     """data/mnist, downloaded into it if it is not there; without a network "builtin"."""
     if has_dataset(DEFAULT_FOLDER):
         return DEFAULT_FOLDER
-    line = MovingLine()
+    line = ProgressLine()
     progress = partial(show_download, line)
     try:
         mnist.download_mnist(DEFAULT_FOLDER, mnist.MNIST_MIRRORS, progress=progress)
@@ -220,7 +220,7 @@ def choose_test(data: Dataset, size: int | None) -> Dataset:
         return data
     size = available // 5 if size is None else size
     if size > available - (source == "train"):
-        raise ValueError(f"--test-size {size} is too many of {available} {source} images")
+        raise ValueError(f"--test-size {size} exceeds the {available} {source} images")
     order = shuffle(available, 0)
     parts = {"test": order[:size], **({"train": order[size:]} if source == "train" else {})}
     chosen = dict(data)

@@ -66,7 +66,7 @@ def resize(images: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
 
 
 def sub_folders(folder: str) -> list[str]:
-    """The names of the folders in a folder, sorted; none where it is no folder."""
+    """The names of the folders in a folder, sorted; none where it is not a folder."""
     if not os.path.isdir(folder):
         return []
     with os.scandir(folder) as entries:
@@ -112,7 +112,7 @@ def read_image(path: str, size: int | None) -> np.ndarray:
     except Exception as error:  # Pillow raises any, for damaged files
         reason = str(error) or type(error).__name__
         if isinstance(error, PIL.UnidentifiedImageError):
-            reason = f"it is no whole {', '.join(IMAGE_FORMATS)}"
+            reason = f"it is damaged or not one of {', '.join(IMAGE_FORMATS)}"
         raise ValueError(f"{path}: cannot be read as an image: {reason}") from None
     pixels = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
     scaled: np.ndarray = np.divide(pixels, np.float32(255), dtype=np.float32)

@@ -19,7 +19,7 @@ from training.datasets import Dataset
 from training.options import Options
 from training.prediction import first_not_finite, predict
 from training.team import Team, add_ranks, any_rank, map_own
-from training.terminal import MovingLine
+from training.terminal import ProgressLine
 
 
 class Experiment(NamedTuple):
@@ -84,7 +84,7 @@ def first_params(experiment: Experiment) -> nn.Tree:
     for name in only:
         if name not in params:
             raise ValueError(
-                f"--train-only: no layer {name} has parameters, but {', '.join(params)}"
+                f"--train-only: {name} is not a layer with parameters, as {', '.join(params)} are"
             )
     if options.init_from is not None:
         params = start_from(options.init_from, params, only)
@@ -269,7 +269,7 @@ class Display:
 
     def __init__(self, experiment: Experiment, done: int) -> None:
         self.experiment = experiment
-        self.line = MovingLine()
+        self.line = ProgressLine()
         self.first = done
         self.started = self.since = time.monotonic()
         self.seen = 0

@@ -114,7 +114,7 @@ def first_to_answer(mirrors: Sequence[str], patience: float) -> str:
     for mirror in mirrors:
         threading.Thread(target=function, args=(mirror,), daemon=True).start()
     deadline = time.monotonic() + patience
-    reason: Exception | str = "all were silent"
+    reason: Exception | str = "all timed out"
     with contextlib.suppress(queue.Empty):
         for _ in mirrors:
             mirror, error = answers.get(timeout=max(deadline - time.monotonic(), 0.001))

@@ -102,7 +102,7 @@ def augmentation(text: str) -> tuple[str, float]:
     try:
         return kind, not_negative(amount)
     except ValueError:
-        raise ArgumentTypeError(f"the amount of {kind} is no number: {amount}") from None
+        raise ArgumentTypeError(f"the amount of {kind} is not a number: {amount}") from None
 
 
 data_option = partial(option, group="data")
@@ -116,7 +116,7 @@ network_option = partial(option, group="network")
 class Options:
     """The options of every training script, with their defaults."""
 
-    usual_shards: ClassVar[int] = 1  # of a script; with --mpi one for each worker of each rank
+    default_shards: ClassVar[int] = 1  # of a script; with --mpi one for each worker of each rank
     task: str = "classes"  # or "sine", in a script that offers it
 
     data: str | None = data_option(
@@ -258,7 +258,7 @@ class Options:
 
     shards: int | None = parallel_option(
         "parts of a batch that are computed independently, batch norm included; the result"
-        " depends on their number, not on who computes them (default: {record.usual_shards}; with"
+        " depends on their number, not on who computes them (default: {record.default_shards}; with"
         " --mpi one for each worker of each rank)",
         metavar="N",
         type=count,

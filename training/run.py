@@ -239,7 +239,7 @@ def main(
     description: str,
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """A script with these options, this network and these pictures; gives its exit code."""
+    """A script with these options, this network and these pictures; and return its exit code."""
     parser = new_parser(record, description, EPILOG)
     options = parse(record, parser, arguments)
     if options.compare is not None and options.predict is not None:

@@ -68,7 +68,7 @@ def own_cores(communicator: Any) -> int:
 def share_work(options: Options, communicator: Any) -> tuple[int, int]:
     """(shards, workers of each process). ValueError where one of them would have no work."""
     ranks = communicator.Get_size() if communicator else 1
-    usual = ranks * (options.workers or 1) if communicator else options.usual_shards
+    usual = ranks * (options.workers or 1) if communicator else options.default_shards
     shards = options.shards or usual
     if shards < ranks:
         raise ValueError(f"--shards {shards} leaves some of the {ranks} ranks without work")

@@ -6,7 +6,7 @@ import sys
 import time
 
 
-class MovingLine:
+class ProgressLine:
     """One line on a terminal that is written again and again; silent in a file or a pipe."""
 
     def __init__(self) -> None:
@@ -15,7 +15,7 @@ class MovingLine:
         self.due = 0.0
 
     def is_due(self) -> bool:
-        """Whether it would move now: at most ten times a second."""
+        """Whether it may be redrawn now: at most ten times a second."""
         return self.moves and time.monotonic() >= self.due
 
     def show(self, text: str, important: bool = False) -> None:

@@ -160,7 +160,7 @@ def test_a_folder_that_holds_a_run_is_refused_before_anything_is_loaded(folder, 
     before = outputs_in(folder)
     assert train_on("nowhere", "--out", folder) == 2
     out, errors = capsys.readouterr()
-    assert f"{folder}: this folder holds a run; go on with it with --resume, or" in errors
+    assert f"{folder}: this folder holds a run; continue it with --resume, or" in errors
     assert (out, errors.count("\n")) == ("", 1)
     assert outputs_in(folder) == before
 
@@ -202,7 +202,7 @@ def resumed(data, folder, capsys, *options):
         ("--hidden 9", "--hidden [8] then, [9] now"),
         ("--lr 0.1", "--lr 0.002 then, 0.1 now"),
         ("--augment shift=1", '--augment default then, ["shift=1.0"] now'),
-        ("--data other.npz", "the data are others"),
+        ("--data other.npz", "the data differ"),
     ],
 )
 def test_a_checkpoint_of_another_training_is_refused(
@@ -212,7 +212,7 @@ def test_a_checkpoint_of_another_training_is_refused(
     images, labels = blobs(200, (9, 6, 3), 4, 7)
     np.savez("other.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     message = resumed(blob_file, folder, capsys, *options.split())
-    assert message == f"resumed: it is of another training: {words}\n"
+    assert message == f"resumed: it belongs to a different run: {words}\n"
 
 
 def as_bytes(value):
@@ -264,7 +264,7 @@ def test_an_older_checkpoint_without_an_option_had_its_default(blob_file, folder
         folder, lambda about: [about["options"].pop(f"--{n}") for n in ("center", "reduction")]
     )
     message = resumed(blob_file, folder, capsys, "--center")
-    assert message == "resumed: it is of another training: --center false then, true now\n"
+    assert message == "resumed: it belongs to a different run: --center false then, true now\n"
     assert train_on(blob_file, "--out", folder, "--resume") == 0
 
 
@@ -273,7 +273,7 @@ def test_an_older_checkpoint_without_an_option_had_its_default(blob_file, folder
     [
         ({"format": 99}, "its format version is 99, this version of purenn reads"),
         ({"format": None}, "it has no format version: an older version of purenn wrote it"),
-        ("--magic", "it is of another training: --magic 3 then, default now"),
+        ("--magic", "it belongs to a different run: --magic 3 then, default now"),
     ],
 )
 def test_a_checkpoint_of_another_version_is_refused(change, words, blob_file, folder, capsys):

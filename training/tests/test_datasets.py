@@ -435,5 +435,5 @@ def test_test_size_takes_some_test_images_or_where_there_are_none_training_image
         assert len(test) == expected
         assert sorted([*test, *train]) == list(range(50))
     for data, size, words in ((both, 41, "40 test"), (train_only, 50, "50 train")):
-        with pytest.raises(ValueError, match=f"--test-size {size} is too many of {words}"):
+        with pytest.raises(ValueError, match=f"--test-size {size} exceeds the {words}"):
             datasets.choose_test(data, size)

@@ -107,7 +107,7 @@ def test_every_option_is_explained(record):
     text = new_parser(record, "Train.").format_help()
     for flag in all_values(record()):
         assert f"\n  {flag}" in text
-    assert "usual_shards" not in text
+    assert "default_shards" not in text
 
 
 def test_a_script_of_a_users_adds_an_option_in_one_place():

@@ -354,5 +354,5 @@ def test_a_single_class_is_refused(tmp_path, capsys):
     parts = {"x_train": images, "x_test": images}
     labels = {"y_train": np.zeros(20, int), "y_test": np.zeros(20, int)}
     np.savez(tmp_path / "one.npz", **parts, **labels)
-    assert train_on(tmp_path / "one.npz") == 2
+    assert train_on(str(tmp_path / "one.npz")) == 2
     assert "one.npz: expected at least two classes, found 1" in capsys.readouterr().err

@@ -285,4 +285,4 @@ def test_a_script_of_a_users_is_like_the_others(blob_file, tmp_path):
     assert (found.script, found.options["--width"]) == ("mine.py", 7)
     done = run_python(*arguments, "--resume", cwd=tmp_path)
     assert done.returncode == 2
-    assert "it is of another training: --width 7 then, 3 now" in done.stderr
+    assert "it belongs to a different run: --width 7 then, 3 now" in done.stderr
