@@ -1649,18 +1649,18 @@ def _moves(
     size, strides = check(where, "kernel", kernel, 1), check(where, "stride", stride, 1)
     dilations = check(where, "dilation", dilation, 1)
     missing = [d * (taps - 1) for d, taps in zip(dilations, size, strict=True)]
-    if padding == "same" and where != "conv2d_transpose":
-        if any(step > 1 for step in strides):
-            raise ValueError(f"{where}: padding 'same' goes with stride 1, got {stride}")
-        sides = [(pixels // 2, pixels - pixels // 2) for pixels in missing]
-    elif padding == "causal" and where == "conv1d":
-        sides = [(missing[0], 0)]
-    elif isinstance(padding, str):
-        words = {"conv1d": "a number, 'same' or 'causal'", "conv2d": "numbers or 'same'"}
-        expected = words.get(where, "numbers")
-        raise ValueError(f"{where}: padding must be {expected}, got {padding!r}")
-    else:
+    words = {"conv1d": "a number, 'same' or 'causal'", "conv2d": "numbers or 'same'"}
+    expected = words.get(where, "numbers")
+    if not isinstance(padding, str):
         sides = [(pixels, pixels) for pixels in check(where, "padding", padding, 0)]
+    elif repr(padding) not in expected:
+        raise ValueError(f"{where}: padding must be {expected}, got {padding!r}")
+    elif padding == "causal":
+        sides = [(missing[0], 0)]
+    elif max(strides) > 1:
+        raise ValueError(f"{where}: padding 'same' goes with stride 1, got {stride}")
+    else:
+        sides = [(pixels // 2, pixels - pixels // 2) for pixels in missing]
     return size, {"stride": strides, "padding": tuple(sides), "dilation": dilations}
 
 
