@@ -47,7 +47,8 @@ __all__ = [
     "xavier_normal", "xavier_uniform", "he_normal", "he_uniform", "orthogonal", "Layer", "linear",
     "identity", "flatten", "relu", "leaky_relu", "elu", "sigmoid", "tanh", "softplus", "gelu",
     "silu", "softmax", "log_softmax", "dropout", "batch_norm", "update_statistics", "layer_norm",
-    "conv2d", "max_pool2d", "avg_pool2d", "global_avg_pool2d", "sequential", "residual",
+    "conv1d", "conv2d", "conv2d_transpose", "max_pool2d", "avg_pool2d", "global_avg_pool2d",
+    "sequential", "residual",
     "softmax_cross_entropy", "cross_entropy", "hinge", "binary_cross_entropy", "mean_squared_error",
     "mean_absolute_error", "huber", "l2_penalty", "Optimizer", "sgd", "adam", "adamw", "rmsprop",
     "adagrad", "adadelta", "step_decay", "multistep", "exponential", "cosine", "cyclic",
@@ -1341,7 +1342,7 @@ def _batch_first(rows: Array) -> Array:
 
 
 Pair = tuple[int, int]
-Sides = tuple[Pair, Pair]  # (above, below), (left, right)
+Sides = tuple[Pair, ...]  # of each axis: (above, below), (left, right)
 
 
 def _pair(where: str, name: str, value: Any, minimum: int) -> Pair:
@@ -1365,19 +1366,27 @@ class _Windows(NamedTuple):
 
 
 def _windows(
-    where: str, image: Shape, size: Shape, *, stride: Pair, padding: Sides, dilation: Pair = (1, 1)
+    where: str,
+    image: Shape,
+    size: Shape,
+    *,
+    stride: Shape,
+    padding: Sides,
+    dilation: Shape = (1, 1),
 ) -> _Windows:
-    """The windows that fit into an image (H, W) with padding around it."""
-    (above, below), (left, right) = padding
-    height, width = image[0] + above + below, image[1] + left + right
-    tall, wide = dilation[0] * (size[0] - 1) + 1, dilation[1] * (size[1] - 1) + 1
-    if height < tall or width < wide:
+    """The windows that fit into an image (H, W), or a sequence (T,), with padding around it."""
+    covered = [d * (taps - 1) + 1 for d, taps in zip(dilation, size, strict=True)]
+    padded = [length + sum(sides) for length, sides in zip(image, padding, strict=True)]
+    counts = [(p - c) // s + 1 for p, c, s in zip(padded, covered, stride, strict=True)]
+    if min(counts) < 1:
+        window, whole = (" x ".join(map(str, lengths)) for lengths in (covered, padded))
+        pixels, kind = ("pixels", "image") if len(image) == 2 else ("steps", "sequence")
         raise ValueError(
-            f"{where}: the window covers {tall} x {wide} pixels,"
-            f" but the padded image has {height} x {width}"
+            f"{where}: the window covers {window} {pixels}, but the padded {kind} has {whole}"
         )
-    counts = (height - tall) // stride[0] + 1, (width - wide) // stride[1] + 1
-    return _Windows((size[0], size[1]), counts, stride, (above, left), dilation)
+    before = [sides[0] for sides in padding]
+    axes = [(1, 1, 1, 0, 1), *zip(size, counts, stride, before, dilation, strict=True)]
+    return _Windows(*zip(*axes[-2:], strict=True))  # a sequence is an image of one row
 
 
 def _overlap(count: int, step: int, offset: int, length: int) -> tuple[slice, slice]:
@@ -1564,79 +1573,130 @@ def _correlate_transposed(
     return dx
 
 
+def _as_image(x: Array) -> Array:
+    """A sequence (N, C, T), or a kernel (out, in, k), with one row; images as they are."""
+    return x if x.ndim == 4 else x[:, :, None]
+
+
+def _check_groups(where: str, groups: int, channels: int, owner: str) -> None:
+    if channels % groups:
+        message = f"{groups} groups do not divide the {channels} channels of {owner}"
+        raise ValueError(f"{where}: {message}")
+
+
+def _out_groups(where: str, groups: Any, out: int) -> int:
+    groups = _whole(where, "groups", groups, 1)
+    _check_groups(where, groups, out, "y")
+    return groups
+
+
+def _conv_init(
+    where: str, key: Key, shape: Shape, groups: int, kernel: Shape, moves: Tree, weights: Tree
+) -> tuple[Tree, Shape]:
+    C, *image = shape
+    _check_groups(where, groups, C, "x")
+    windows = _windows(where, tuple(image), kernel, **moves)
+    params = _weights(where, key, shape=(weights["out"], C // groups, *kernel), **weights)
+    return params, (weights["out"], *windows.counts[-len(image) :])
+
+
+def _conv_windows(where: str, x: Array, W: Array, groups: int, moves: Tree) -> _Windows:
+    """How W moves over x; ValueError for channels that do not go with it and its groups."""
+    if len(W) % groups:
+        taps = "kh, kw" if W.ndim == 4 else "k"
+        raise ValueError(f"{where}: W must be (out, in/{groups}, {taps}), got shape {W.shape}")
+    if x.shape[1] != W.shape[1] * groups:
+        raise ValueError(f"{where}: x has {x.shape[1]} channels, but W takes {W.shape[1] * groups}")
+    return _windows(where, x.shape[2:], W.shape[2:], **moves)
+
+
+def _conv_forward(where: str, params: Tree, x: Array, groups: int, moves: Tree) -> Array:
+    windows = _conv_windows(where, x, params["W"], groups, moves)
+    W, (Ho, Wo) = _as_image(params["W"]), windows.counts
+    y = np.empty((Ho, len(W), Wo, len(x)), x.dtype)
+    _correlate(_rows_first(_as_image(x)), W, windows, groups, y)
+    if "b" in params:
+        y += params["b"][:, None, None]
+    return _batch_first(y) if x.ndim == 4 else _batch_first(y)[:, :, 0]
+
+
+def _conv_backward(
+    where: str, params: Tree, x: Array, dy: Array, need_dx: bool, groups: int, moves: Tree
+) -> tuple[Array | None, Tree]:
+    windows = _conv_windows(where, x, params["W"], groups, moves)
+    shape = (len(x), len(params["W"]), *windows.counts[4 - x.ndim :])
+    dy = _as_image(_gradient(where, dy, shape, x.dtype))
+    W, rows, drows = _as_image(params["W"]), _rows_first(_as_image(x)), _rows_first(dy)
+    dW = _correlate_kernel(rows, drows, W.shape, windows, groups)
+    grads = {"W": dW.reshape(params["W"].shape)}
+    if "b" in params:
+        grads["b"] = _channel_sums(dy)
+    if not need_dx:
+        return None, grads
+    dx = _batch_first(_correlate_transposed(drows, W, rows.shape, windows, groups))
+    return dx if x.ndim == 4 else dx[:, :, 0], grads
+
+
+def _single(where: str, name: str, value: Any, minimum: int) -> Shape:
+    return (_whole(where, name, value, minimum),)
+
+
+def _moves(
+    where: str, axes: int, kernel: Any, stride: Any, padding: Any, dilation: Any
+) -> tuple[Shape, Tree]:
+    """The kernel's size and how it moves, checked, with a number for each axis."""
+    check = _pair if axes == 2 else _single
+    size, strides = check(where, "kernel", kernel, 1), check(where, "stride", stride, 1)
+    dilations = check(where, "dilation", dilation, 1)
+    missing = [d * (taps - 1) for d, taps in zip(dilations, size, strict=True)]
+    words = {"conv1d": "a number, 'same' or 'causal'", "conv2d": "numbers or 'same'"}
+    expected = words.get(where, "numbers")
+    if not isinstance(padding, str):
+        sides = [(pixels, pixels) for pixels in check(where, "padding", padding, 0)]
+    elif repr(padding) not in expected:
+        raise ValueError(f"{where}: padding must be {expected}, got {padding!r}")
+    elif padding == "causal":
+        sides = [(missing[0], 0)]
+    elif max(strides) > 1:
+        raise ValueError(f"{where}: padding 'same' goes with stride 1, got {stride}")
+    else:
+        sides = [(pixels // 2, pixels - pixels // 2) for pixels in missing]
+    return size, {"stride": strides, "padding": tuple(sides), "dilation": dilations}
+
+
 _CONV2D = _Form(**_IMAGES, y="", W="out in kh kw", b_="out")
 
 
 def conv2d_init(
-    key: Key, shape: Shape, *, out: int, kernel: Pair, init: Initializer, bias: bool, **options: Any
+    key: Key, shape: Shape, *, groups: int, kernel: Shape, moves: Tree, **weights: Any
 ) -> tuple[Tree, Shape]:
     """W (out, C/groups, kh, kw) from `init`, b (out,) of zeros; (C, H, W) becomes (out, Ho, Wo).
 
     Ho = (H + padding above and below - dilation · (kh - 1) - 1) // stride + 1, and so Wo.
     """
-    C, H, W = _CONV2D.shape("conv2d", shape)
-    groups = options.pop("groups")
-    if C % groups:
-        raise ValueError(f"conv2d: {groups} groups do not divide the {C} channels of x")
-    windows = _windows("conv2d", (H, W), kernel, **options)
-    params = _weights("conv2d", key, init, (out, C // groups, *kernel), out, bias)
-    return params, (out, *windows.counts)
-
-
-def _conv2d_windows(x: Array, W: Array, groups: int, **options: Any) -> _Windows:
-    """How W moves over x; ValueError for channels that do not go with it and its groups."""
-    if W.shape[0] % groups:
-        raise ValueError(f"conv2d: W must be (out, in/{groups}, kh, kw), got shape {W.shape}")
-    if x.shape[1] != W.shape[1] * groups:
-        raise ValueError(f"conv2d: x has {x.shape[1]} channels, but W takes {W.shape[1] * groups}")
-    return _windows("conv2d", x.shape[2:], W.shape[2:], **options)
+    shape = _CONV2D.shape("conv2d", shape)
+    return _conv_init("conv2d", key, shape, groups, kernel, moves, weights)
 
 
 @_CONV2D.forward
-def conv2d_forward(
-    params: Tree, x: Array, *, stride: Pair, padding: Sides, dilation: Pair, groups: int
-) -> tuple[Array, Array]:
+def conv2d_forward(params: Tree, x: Array, *, groups: int, moves: Tree) -> tuple[Array, Array]:
     """y[n, o, r, s] = b[o] + Σ over c, i, j of W[o, c, i, j] · x[n, c, r·stride + i·dilation, ...].
 
     x (N, C, H, W) with zeros around it, y (N, out, Ho, Wo). With groups, the channels of x and of
     y fall into so many equal parts, and each part of y sees only its part of x.
     """
-    W = params["W"]
-    windows = _conv2d_windows(x, W, groups, stride=stride, padding=padding, dilation=dilation)
-    Ho, Wo = windows.counts
-    y = np.empty((Ho, len(W), Wo, len(x)), x.dtype)
-    _correlate(_rows_first(x), W, windows, groups, y)
-    if "b" in params:
-        y += params["b"][:, None, None]
-    return _batch_first(y), x
+    return _conv_forward("conv2d", params, x, groups, moves), x
 
 
 @_CONV2D.backward()
 def conv2d_backward(
-    params: Tree,
-    cache: Array,
-    dy: Array,
-    *,
-    need_dx: bool = True,
-    stride: Pair,
-    padding: Sides,
-    dilation: Pair,
-    groups: int,
+    params: Tree, cache: Array, dy: Array, *, need_dx: bool = True, groups: int, moves: Tree
 ) -> tuple[Array | None, Tree]:
     """dW[o, c, i, j] = Σ dy[n, o, r, s] · x[n, c, r·stride + i·dilation, ...], db = Σ dy.
 
     dx is dy correlated with W rotated by 180 degrees.
     """
-    x, W = cache, params["W"]
-    windows = _conv2d_windows(x, W, groups, stride=stride, padding=padding, dilation=dilation)
-    dy = _gradient("conv2d", dy, (len(x), len(W), *windows.counts), x.dtype)
-    rows, drows = _rows_first(x), _rows_first(dy)
-    grads = {"W": _correlate_kernel(rows, drows, W.shape, windows, groups)}
-    if "b" in params:
-        grads["b"] = _channel_sums(dy)
-    if not need_dx:
-        return None, grads
-    return _batch_first(_correlate_transposed(drows, W, rows.shape, windows, groups)), grads
+    return _conv_backward("conv2d", params, cache, dy, need_dx, groups, moves)
 
 
 @_constructor
@@ -1660,31 +1720,187 @@ def conv2d(
     finds these from the shape alone.
     """
     weights = _weight_options("conv2d", out, init, bias)
-    groups = _whole("conv2d", "groups", groups, 1)
-    if out % groups:
-        raise ValueError(f"conv2d: {groups} groups do not divide the {out} channels of y")
-    size = _pair("conv2d", "kernel", kernel, 1)
-    strides = _pair("conv2d", "stride", stride, 1)
-    dilations = _pair("conv2d", "dilation", dilation, 1)
-    if isinstance(padding, str):
-        if padding != "same":
-            raise ValueError(f"conv2d: padding must be numbers or 'same', got {padding!r}")
-        if strides != (1, 1):
-            raise ValueError(f"conv2d: padding 'same' goes with stride 1, got {stride}")
-        missing = [d * (taps - 1) for d, taps in zip(dilations, size, strict=True)]
-        sides = [(pixels // 2, pixels - pixels // 2) for pixels in missing]
-    else:
-        sides = [(pixels, pixels) for pixels in _pair("conv2d", "padding", padding, 0)]
-    options: dict[str, Any] = {
-        "stride": strides,
-        "padding": tuple(sides),
-        "dilation": dilations,
-        "groups": groups,
-    }
+    size, moves = _moves("conv2d", 2, kernel, stride, padding, dilation)
+    options: Tree = {"groups": _out_groups("conv2d", groups, out), "moves": moves}
     return Layer(
-        partial(conv2d_init, kernel=size, **weights, **options),
+        partial(conv2d_init, kernel=size, **options, **weights),
         partial(conv2d_forward, **options),
         partial(conv2d_backward, **options),
+    )
+
+
+_CONV1D = _Form("N C T", y="", W="out in k", b_="out")
+
+
+def conv1d_init(
+    key: Key, shape: Shape, *, groups: int, kernel: Shape, moves: Tree, **weights: Any
+) -> tuple[Tree, Shape]:
+    """W (out, C/groups, k) from `init`, b (out,) of zeros; (C, T) becomes (out, To) as `conv2d`."""
+    shape = _CONV1D.shape("conv1d", shape)
+    return _conv_init("conv1d", key, shape, groups, kernel, moves, weights)
+
+
+@_CONV1D.forward
+def conv1d_forward(params: Tree, x: Array, *, groups: int, moves: Tree) -> tuple[Array, Array]:
+    """y[n, o, t] = b[o] + Σ over c, i of W[o, c, i] · x[n, c, t·stride + i·dilation - padding]."""
+    return _conv_forward("conv1d", params, x, groups, moves), x
+
+
+@_CONV1D.backward()
+def conv1d_backward(
+    params: Tree, cache: Array, dy: Array, *, need_dx: bool = True, groups: int, moves: Tree
+) -> tuple[Array | None, Tree]:
+    """As `conv2d_backward`, along one axis."""
+    return _conv_backward("conv1d", params, cache, dy, need_dx, groups, moves)
+
+
+@_constructor
+def conv1d(
+    out: int,
+    kernel: int,
+    *,
+    stride: int = 1,
+    padding: int | Literal["same", "causal"] = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    init: Initializer = he_normal,
+    bias: bool = True,
+) -> Layer:
+    """Convolution along T of x (N, C, T), as PyTorch's Conv1d; options and errors of `conv2d`.
+
+    Padding "causal" puts dilation · (kernel - 1) zeros to the left, so that y never sees what comes
+    after it.
+    """
+    weights = _weight_options("conv1d", out, init, bias)
+    size, moves = _moves("conv1d", 1, kernel, stride, padding, dilation)
+    options: Tree = {"groups": _out_groups("conv1d", groups, out), "moves": moves}
+    return Layer(
+        partial(conv1d_init, kernel=size, **options, **weights),
+        partial(conv1d_forward, **options),
+        partial(conv1d_backward, **options),
+    )
+
+
+_CONV2D_TRANSPOSE = _Form(**_IMAGES, y="", W="C own kh kw", b_="out")
+
+
+def _transposed(
+    image: Shape, W: Shape, groups: int, extra: Pair, moves: Tree
+) -> tuple[Shape, _Windows]:
+    """(shape of a sample of y, how the convolution moves over it that has x as its result)."""
+    _check_groups("conv2d_transpose", groups, W[0], "x")
+    size = [
+        (length - 1) * stride - sum(sides) + dilation * (taps - 1) + 1 + more
+        for length, taps, more, stride, sides, dilation in zip(
+            image, W[2:], extra, moves["stride"], moves["padding"], moves["dilation"], strict=True
+        )
+    ]
+    if min(size) < 1:
+        raise ValueError(f"conv2d_transpose: y would have {size[0]} x {size[1]} pixels")
+    (above, _), (left, _) = moves["padding"]
+    windows = _Windows(
+        (W[2], W[3]), (image[0], image[1]), moves["stride"], (above, left), moves["dilation"]
+    )
+    return (W[1] * groups, *size), windows
+
+
+def conv2d_transpose_init(
+    key: Key,
+    shape: Shape,
+    *,
+    out: int,
+    kernel: Shape,
+    init: Initializer,
+    bias: bool,
+    groups: int,
+    output_padding: Pair,
+    moves: Tree,
+) -> tuple[Tree, Shape]:
+    """W (C, out/groups, kh, kw) from `init`, b (out,) of zeros; (C, H, W) becomes (out, Ho, Wo).
+
+    Ho = (H - 1) · stride - 2 · padding + dilation · (kh - 1) + output_padding + 1, and so Wo.
+    """
+    C, *image = _CONV2D_TRANSPOSE.shape("conv2d_transpose", shape)
+    W = (C, out // groups, *kernel)
+    y, _ = _transposed(tuple(image), W, groups, output_padding, moves)
+    return _weights("conv2d_transpose", key, init, W, out, bias), y
+
+
+@_CONV2D_TRANSPOSE.forward
+def conv2d_transpose_forward(
+    params: Tree, x: Array, *, groups: int, output_padding: Pair, moves: Tree
+) -> tuple[Array, Array]:
+    """y[n, o, r·stride + i·dilation - padding, ...] = b[o] + Σ W[c, o, i, j] · x[n, c, r, s].
+
+    Each pixel of x adds W, times its value, to a window of y: the adjoint of `conv2d_forward`.
+    """
+    W = params["W"]
+    (out, *image), windows = _transposed(x.shape[2:], W.shape, groups, output_padding, moves)
+    shape = (image[0], out, image[1], len(x))
+    y = _correlate_transposed(_rows_first(x), W, shape, windows, groups)
+    if "b" in params:
+        if len(params["b"]) != out:
+            raise ValueError(
+                f"conv2d_transpose: W has {out} outputs, but b takes {len(params['b'])}"
+            )
+        y += params["b"][:, None, None]
+    return _batch_first(y), x
+
+
+@_CONV2D_TRANSPOSE.backward()
+def conv2d_transpose_backward(
+    params: Tree, cache: Array, dy: Array, *, groups: int, output_padding: Pair, moves: Tree
+) -> tuple[Array, Tree]:
+    """dx is dy convolved with W, dW that of a convolution from y to x, db = Σ dy."""
+    x, W = cache, params["W"]
+    y, windows = _transposed(x.shape[2:], W.shape, groups, output_padding, moves)
+    drows = _rows_first(_gradient("conv2d_transpose", dy, (len(x), *y), x.dtype))
+    rows = _rows_first(x)
+    grads = {"W": _correlate_kernel(drows, rows, W.shape, windows, groups)}
+    if "b" in params:
+        grads["b"] = _channel_sums(dy)
+    dx = np.empty_like(rows)
+    _correlate(drows, W, windows, groups, dx)
+    return _batch_first(dx), grads
+
+
+@_constructor
+def conv2d_transpose(
+    out: int,
+    kernel: int | Pair,
+    *,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    output_padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    init: Initializer = he_normal,
+    bias: bool = True,
+) -> Layer:
+    """Transposed convolution with `out` channels, as PyTorch's ConvTranspose2d.
+
+    It has the shapes of a `conv2d` with these options the other way round; `output_padding`, less
+    than stride or dilation, adds pixels below and to the right, as one shape comes from several.
+    ValueError for a y without pixels and the errors of `conv2d`.
+    """
+    where = "conv2d_transpose"
+    weights = _weight_options(where, out, init, bias)
+    size, moves = _moves(where, 2, kernel, stride, padding, dilation)
+    extra = _pair(where, "output_padding", output_padding, 0)
+    limits = [max(pair) for pair in zip(moves["stride"], moves["dilation"], strict=True)]
+    if extra[0] >= limits[0] or extra[1] >= limits[1]:
+        raise ValueError(
+            f"{where}: output_padding must be less than stride or dilation, got {extra}"
+        )
+    options: Tree = {
+        "groups": _out_groups(where, groups, out),
+        "output_padding": extra,
+        "moves": moves,
+    }
+    return Layer(
+        partial(conv2d_transpose_init, kernel=size, **options, **weights),
+        partial(conv2d_transpose_forward, **options),
+        partial(conv2d_transpose_backward, **options),
     )
 
 

@@ -83,20 +83,31 @@ def pairs(low, high):
     return st.one_of(one, st.tuples(one, one))
 
 
+def both(value):
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
 @st.composite
-def convolutions(draw):
-    """conv2d with any options, for 2 channels."""
-    groups = draw(st.sampled_from([1, 1, 2]))
-    stride = draw(pairs(1, 3))
-    paddings = pairs(0, 3) if stride not in (1, (1, 1)) else st.one_of(pairs(0, 3), st.just("same"))
-    return nn.conv2d(
+def convolutions(draw, constructor=nn.conv2d):
+    """A convolution with any options, for 2 channels."""
+    one = constructor is nn.conv1d
+    numbers = st.integers if one else pairs
+    groups, stride = draw(st.sampled_from([1, 1, 2])), draw(numbers(1, 3))
+    words = ["causal"] * one + ["same"] * (stride in (1, (1, 1)))
+    dilation, more = draw(numbers(1, 2)), {}
+    if constructor is nn.conv2d_transpose:
+        words = []
+        most = [max(sizes) for sizes in zip(both(stride), both(dilation), strict=True)]
+        more["output_padding"] = tuple(draw(st.integers(0, size - 1)) for size in most)
+    return constructor(
         groups * draw(st.integers(1, 2)),
-        draw(pairs(1, 3)),
+        draw(numbers(1, 3)),
         stride=stride,
-        padding=draw(paddings),
-        dilation=draw(pairs(1, 2)),
+        padding=draw(st.one_of(numbers(0, 1 if more else 3), st.sampled_from(words or [0]))),
+        dilation=dilation,
         groups=groups,
         bias=draw(st.booleans()),
+        **more,
     )
 
 
@@ -152,7 +163,9 @@ LAYERS = {
     "dropout": elementwise(nn.dropout, rates),
     "batch_norm": of(st.builds(nn.batch_norm, eps=eps), channels),
     "layer_norm": of(st.builds(nn.layer_norm, eps=eps), features),
+    "conv1d": of(convolutions(nn.conv1d), st.tuples(st.just(2), st.integers(5, 7)), free=("W",)),
     "conv2d": of(convolutions(), images, free=("W",)),
+    "conv2d_transpose": of(convolutions(nn.conv2d_transpose), images),
     "max_pool2d": of(pools(nn.max_pool2d), images, nan=()),
     "avg_pool2d": of(pools(nn.avg_pool2d), images),
     "global_avg_pool2d": of(st.builds(nn.global_avg_pool2d), images),
@@ -605,7 +618,13 @@ def test_linear_is_a_sum_over_features(data):
 
 WEIGHTED = {  # name: (constructor of 4 units that takes options, a shape it takes, shape of its W)
     "linear": (partial(nn.linear, 4), (7, 3), (3, 4)),
+    "conv1d": (partial(nn.conv1d, 4, 3, groups=2), (6, 5), (4, 3, 3)),
     "conv2d": (partial(nn.conv2d, 4, (3, 2), groups=2), (6, 5, 5), (4, 3, 3, 2)),
+    "conv2d_transpose": (
+        partial(nn.conv2d_transpose, 4, (3, 2), groups=2),
+        (6, 5, 5),
+        (6, 2, 3, 2),
+    ),
 }
 
 
@@ -787,10 +806,6 @@ def test_update_statistics_reaches_every_depth_and_leaves_the_rest():
 # ------------------------------------------------------------------------------------------------
 
 
-def both(value):
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
 def places(image, size, stride=1, padding=0, dilation=1):
     """(r, s, rows, columns): each window and the pixels of the padded image that it covers."""
     axes = [
@@ -842,7 +857,7 @@ def convolution_options(draw):
     options=convolution_options(),
     kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     channels=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    shape=st.tuples(st.integers(1, 3), st.integers(4, 12), st.integers(4, 12)),
+    shape=st.tuples(st.sampled_from([1, 2, 40]), st.integers(4, 12), st.integers(4, 12)),
     dtype=st.sampled_from([np.float32, np.float64]),
     order=st.sampled_from(ORDERS),
     seed=st.integers(0, 1000),
@@ -871,6 +886,94 @@ def test_conv2d_is_a_loop_over_windows(options, kernel, channels, shape, dtype, 
     alone = layer.backward(params, cache, dy, need_dx=False)[1]
     np.testing.assert_array_equal(alone["W"], grads["W"])
     assert layer.backward(params, cache, dy, need_dx=False)[0] is None
+
+
+@settings(max_examples=40)
+@given(layer=convolutions(nn.conv1d), batch=st.sampled_from([1, 3, 40]), steps=st.integers(3, 9))
+def test_conv1d_is_conv2d_on_an_image_of_one_row(layer, batch, steps):
+    moves = layer.forward.keywords["moves"]
+    padding, taps = moves["padding"][0], layer.init.keywords["kernel"][0]
+    if steps + sum(padding) < moves["dilation"][0] * (taps - 1) + 1:
+        with pytest.raises(ValueError, match=f"the padded sequence has {steps + sum(padding)}$"):
+            layer.init(0, (2, steps))
+        return
+    params, (out, length) = layer.init(0, (2, steps))
+    rng = np.random.default_rng(steps)
+    params, x = with_values(params, 1), rng.normal(size=(batch, 2, steps))
+    y, cache = layer.forward(params, x)
+    dy = rng.normal(size=y.shape)
+    dx, grads = layer.backward(params, cache, dy)
+    groups = layer.forward.keywords["groups"]
+    options = {name: (1, *moves[name]) for name in ("stride", "dilation")}
+    flat = nn.conv2d(out, (1, taps), groups=groups, **options)
+    image = {**params, "W": params["W"][:, :, None]}
+    wide = np.pad(x, ((0, 0), (0, 0), padding))[:, :, None]
+    y2, cache = flat.forward(image, wide)
+    dx2, grads2 = flat.backward(image, cache, dy[:, :, None])
+    assert_close(y, y2[:, :, 0], 1e-10, 1e-10)
+    assert_close(dx, dx2[:, :, 0, padding[0] : padding[0] + steps], 1e-10, 1e-10)
+    assert_close(grads, {**grads2, "W": grads2["W"][:, :, 0]}, 1e-10, 1e-10)
+    assert y.shape == (batch, out, length)
+
+
+@pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (2, 1), (3, 2)])
+def test_a_causal_convolution_sees_no_later_step_and_the_same_one_keeps_the_length(
+    kernel, dilation
+):
+    x = np.random.default_rng(0).normal(size=(1, 2, 9))
+    for padding in ("causal", "same"):
+        layer = nn.conv1d(3, kernel, dilation=dilation, padding=padding)
+        params, shape = layer.init(0, (2, 9))
+        y, cache = layer.forward(params, x)
+        assert y.shape[1:] == shape == (3, 9)
+        dy = np.zeros_like(y)
+        dy[:, :, 4] = 1
+        seen = np.flatnonzero(layer.backward(params, cache, dy)[0][0, 0])
+        right = 0 if padding == "causal" else dilation * (kernel - 1) - dilation * (kernel - 1) // 2
+        assert list(seen) == list(range(4 + right - dilation * (kernel - 1), 5 + right, dilation))
+
+
+@settings(max_examples=60)
+@given(
+    layer=convolutions(nn.conv2d_transpose),
+    batch=st.sampled_from([1, 3, 40]),
+    image=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+)
+def test_conv2d_transpose_is_the_adjoint_of_conv2d(layer, batch, image):
+    extra, moves = layer.forward.keywords["output_padding"], layer.forward.keywords["moves"]
+    size, stride, dilation = layer.init.keywords["kernel"], moves["stride"], moves["dilation"]
+    lengths = [
+        (n - 1) * s - sum(sides) + d * (k - 1) + 1 + e
+        for n, s, sides, d, k, e in zip(
+            image, stride, moves["padding"], dilation, size, extra, strict=True
+        )
+    ]
+    if min(lengths) < 1:
+        with pytest.raises(ValueError, match=f"y would have {lengths[0]} x {lengths[1]} pixels$"):
+            layer.init(0, (2, *image))
+        return
+    params, shape = layer.init(0, (2, *image))
+    rng, groups = np.random.default_rng(0), layer.forward.keywords["groups"]
+    params, x = with_values(params, 1), rng.normal(size=(batch, 2, *image))
+    y, cache = layer.forward(params, x)
+    assert y.shape[1:] == shape == (params["W"].shape[1] * groups, *lengths)
+    dy = rng.normal(size=y.shape)
+    dx, grads = layer.backward(params, cache, dy)
+    # Pixels that output_padding adds may fit one more window, which x does not have.
+    padding = [sides[0] for sides in moves["padding"]]
+    conv = nn.conv2d(2, size, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    kernel = {"W": params["W"]}
+    back, _ = conv.forward(kernel, dy)
+    more = np.zeros_like(back)
+    more[:, :, : image[0], : image[1]] = x
+    dW = conv.backward(kernel, dy, more)[1]["W"]
+    spread = conv.backward(kernel, np.zeros_like(dy), more)[0]
+    assert_close(dx, back[:, :, : image[0], : image[1]], 1e-10, 1e-10)
+    assert_close(grads["W"], dW, 1e-10, 1e-10)
+    if "b" in params:
+        spread = spread + params["b"][:, None, None]
+        assert_close(grads["b"], dy.sum(axis=(0, 2, 3)), 1e-10, 1e-10)
+    assert_close(y, spread, 1e-10, 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -3244,6 +3347,18 @@ PARAMETERS = {  # parameter, or function.parameter: (a right value, rows of wron
     "groups": (2, [
         *whole(1), *value_error("3 groups do not divide the 4 channels of y$", 3)
     ]),
+    **{f"conv1d.{name}": (2, whole(1)) for name in ("kernel", "stride", "dilation")},
+    "conv1d.padding": (1, [
+        *(row for row in whole(0) if not isinstance(row[0], str)),
+        *value_error("padding must be a number, 'same' or 'causal', got '", "full", "1"),
+        *value_error("padding 'same' goes with stride 1, got 2$", "same"),
+    ]),
+    "conv2d_transpose.padding": (1, [
+        *pair_of(0, "1"), *value_error("padding must be numbers, got 'same'$", "same")
+    ]),
+    "output_padding": (1, [
+        *pair_of(0), *value_error("output_padding must be less than stride or dilation, got", 2)
+    ]),
     **{f"{name}_pool2d.stride": (1, pair_of(1, None)) for name in ("max", "avg")},
     **{f"{name}_pool2d.padding": (1, pair_of(0) + value_error(HALF, (2, 1), (1, 2), 2))
        for name in ("max", "avg")},
@@ -3372,6 +3487,8 @@ def called(function, arguments):
 DEFAULTS = {
     "leaky_relu": [0.01], "elu": [1.0], "batch_norm": [1e-5], "layer_norm": [1e-5],
     "linear": [nn.he_normal, True], "conv2d": [1, 0, 1, 1, nn.he_normal, True],
+    "conv1d": [1, 0, 1, 1, nn.he_normal, True],
+    "conv2d_transpose": [1, 0, 0, 1, 1, nn.he_normal, True],
     "max_pool2d": [None, 0], "avg_pool2d": [None, 0], "update_statistics": [0.1],
     "softmax_cross_entropy": [0.0], "hinge": [1.0], "huber": [1.0], "sgd": [0.0, False, 0.0],
     "adam": [1e-3, 0.9, 0.999, 1e-8, 0.0], "adamw": [1e-3, 0.9, 0.999, 1e-8, 0.01],
@@ -3573,6 +3690,7 @@ def test_every_argument_of_a_layer_is_refused_if_it_is_wrong(name, data):
 # --- misuse: what does not fit together, and what is said of it ---
 
 LINEAR, CONV = nn.linear(9), nn.conv2d(4, 3, groups=2)
+CONV1D, TRANSPOSE = nn.conv1d(4, 3, groups=2), nn.conv2d_transpose(4, 3, groups=2)
 FEATURES = {"gamma": (3,), "beta": (3,)}
 CHANNELS = {**FEATURES, "mean": (3,), "var": (3,)}
 EMPTY = "; only N may be empty"
@@ -3608,6 +3726,13 @@ DOES_NOT_FIT: list = [  # (layer, shape of x, shapes of its params, what is said
     (nn.batch_norm(), (3, 3), {**CHANNELS, "var": (3, 3)}, "var must be (C,), got shape (3, 3)"),
     (CONV, (1, 3, 5, 5), {"W": (4, 1, 3, 3)}, "x has 3 channels, but W takes 2"),
     (CONV, (1, 1, 5, 5), {"W": (4, 1, 3, 3)}, "x has 1 channels, but W takes 2"),
+    (CONV1D, (1, 3, 5), {"W": (4, 1, 3)}, "x has 3 channels, but W takes 2"),
+    (CONV1D, (1, 2, 5), {"W": (3, 1, 3)}, "W must be (out, in/2, k), got shape (3, 1, 3)"),
+    (CONV1D, (1, 2, 5), {"W": (4, 1, 3, 3)}, "W must be (out, in, k), got shape (4, 1, 3, 3)"),
+    (CONV1D, (2, 5), {"W": (4, 1, 3)}, "x must be (N, C, T), got shape (2, 5)"),
+    (TRANSPOSE, (1, 3, 5, 5), {"W": (3, 2, 3, 3)}, "2 groups do not divide the 3 channels of x"),
+    (TRANSPOSE, (1, 2, 5, 5), {"W": (4, 2, 3, 3)}, "x has 2 channels, but W takes 4"),
+    (TRANSPOSE, (1, 2, 5, 5), {"W": (2, 2, 3, 3), "b": (2,)}, "W has 4 outputs, but b takes 2"),
     (CONV, (1, 2, 5, 5), {"W": (4, 1, 3, 3), "b": (3,)}, "W has 4 outputs, but b takes 3"),
     *(
         (CONV, (1, 2, 5, 5), {"W": shape}, f"W must be (out, {fan}, kh, kw), got shape {shape}")
@@ -3651,6 +3776,13 @@ NOT_A_SHAPE_OF_IT = [  # (layer, shape that init refuses, what is said after the
         for shape in ((), (2, 2), (1, 2, 3, 4))
     ),
     (CONV, (5, 5), "shape must be (C, H, W), got (5, 5)"),
+    (nn.conv1d(3, 3), (5,), "shape must be (C, T), got (5,)"),
+    (nn.conv1d(3, 3, groups=3), (4, 6), "3 groups do not divide the 4 channels of x"),
+    (nn.conv1d(3, 3, dilation=3), (4, 6),
+     "the window covers 7 steps, but the padded sequence has 6"),
+    (TRANSPOSE, (5, 5), "shape must be (C, H, W), got (5, 5)"),
+    (TRANSPOSE, (3, 5, 5), "2 groups do not divide the 3 channels of x"),
+    (nn.conv2d_transpose(1, 3, padding=2), (1, 2, 3), "y would have 0 x 1 pixels"),
     (nn.conv2d(3, 3, groups=3), (4, 6, 7), "3 groups do not divide the 4 channels of x"),
     (nn.conv2d(3, 9, padding=1), (4, 6, 7),
      "the window covers 9 x 9 pixels, but the padded image has 8 x 9"),
