@@ -729,6 +729,7 @@ class _Form:
                 return _call_quietly(forward, params, x, **options)
             return function(check(params, x)[0], x, **options)
 
+        forward.form = self  # type: ignore[attr-defined]  # for `shape_init`
         return cast(_Function, forward)
 
     def backward(self, *entries: str) -> Callable[[_Function], _Function]:
@@ -831,16 +832,22 @@ _FLATTEN = _Form("N ...", y="")
 
 
 def identity_init(key: Key, shape: Shape, *, where: str = "identity") -> tuple[Tree, Shape]:
-    """No params, and the shape is unchanged: also the `init` of every activation."""
+    """No params, and the shape is unchanged."""
     return {}, _ANY.shape(where, shape)
 
 
-def _elementwise(forward: _Function, backward: _Function, **options: Any) -> Layer:
+def shape_init(key: Key, shape: Shape, *, forward: Any) -> tuple[Tree, Shape]:
+    """No params; the shape is that of forward's y for one x of zeros."""
+    function = getattr(forward, "func", forward)
+    shape = function.form.shape(function.__name__.removesuffix("_forward"), shape)
+    return {}, forward({}, np.zeros((1, *shape), np.float32))[0].shape[1:]
+
+
+def _without_params(forward: Any, backward: Any, **options: Any) -> Layer:
     """A layer without params whose forward and backward take these options."""
-    init = partial(identity_init, where=forward.__name__.removesuffix("_forward"))
     if options:
-        return Layer(init, partial(forward, **options), partial(backward, **options))
-    return Layer(init, forward, backward)
+        forward, backward = partial(forward, **options), partial(backward, **options)
+    return Layer(partial(shape_init, forward=forward), forward, backward)
 
 
 @_ANY.forward
@@ -861,11 +868,6 @@ def identity() -> Layer:
     return Layer(identity_init, identity_forward, identity_backward)
 
 
-def flatten_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
-    """No params; shape (a, b, ...) becomes (a·b·...,)."""
-    return {}, (math.prod(_FLATTEN.shape("flatten", shape)),)
-
-
 @_FLATTEN.forward
 def flatten_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y (N, a·b·...) holds the entries of x (N, a, b, ...) in C order."""
@@ -883,7 +885,7 @@ def flatten_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree
 @_constructor
 def flatten() -> Layer:
     """(N, a, b, ...) -> (N, a·b·...), as PyTorch's Flatten."""
-    return Layer(flatten_init, flatten_forward, flatten_backward)
+    return _without_params(flatten_forward, flatten_backward)
 
 
 # --- activations: element by element, any shape ---
@@ -907,7 +909,7 @@ def relu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
 @_constructor
 def relu() -> Layer:
     """max(x, 0); its gradient at 0 is 0."""
-    return _elementwise(relu_forward, relu_backward)
+    return _without_params(relu_forward, relu_backward)
 
 
 @_ANY.forward
@@ -928,7 +930,7 @@ def leaky_relu_backward(
 def leaky_relu(slope: float = 0.01) -> Layer:
     """x where x > 0, else slope · x (Maas et al. 2013). ValueError for a slope not finite."""
     slope = _number("leaky_relu", "slope", slope, above=-math.inf, below=math.inf)
-    return _elementwise(leaky_relu_forward, leaky_relu_backward, slope=slope)
+    return _without_params(leaky_relu_forward, leaky_relu_backward, slope=slope)
 
 
 @_ANY.forward
@@ -948,7 +950,7 @@ def elu_backward(params: Tree, cache: Array, dy: Array, *, alpha: float) -> tupl
 def elu(alpha: float = 1.0) -> Layer:
     """x where x > 0, else alpha · (exp(x) - 1), for alpha > 0 (Clevert et al. 2016)."""
     alpha = _number("elu", "alpha", alpha, above=0, below=math.inf)
-    return _elementwise(elu_forward, elu_backward, alpha=alpha)
+    return _without_params(elu_forward, elu_backward, alpha=alpha)
 
 
 def _sigmoid(x: Array) -> Array:
@@ -972,7 +974,7 @@ def sigmoid_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree
 @_constructor
 def sigmoid() -> Layer:
     """1 / (1 + exp(-x))."""
-    return _elementwise(sigmoid_forward, sigmoid_backward)
+    return _without_params(sigmoid_forward, sigmoid_backward)
 
 
 @_ANY.forward
@@ -991,7 +993,7 @@ def tanh_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
 @_constructor
 def tanh() -> Layer:
     """tanh(x)."""
-    return _elementwise(tanh_forward, tanh_backward)
+    return _without_params(tanh_forward, tanh_backward)
 
 
 @_ANY.forward
@@ -1009,7 +1011,7 @@ def softplus_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tre
 @_constructor
 def softplus() -> Layer:
     """log(1 + exp(x)), a smooth relu."""
-    return _elementwise(softplus_forward, softplus_backward)
+    return _without_params(softplus_forward, softplus_backward)
 
 
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
@@ -1041,7 +1043,7 @@ def gelu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
 @_constructor
 def gelu() -> Layer:
     """x · Φ(x) in its tanh form (Hendrycks and Gimpel 2016); NumPy has no erf."""
-    return _elementwise(gelu_forward, gelu_backward)
+    return _without_params(gelu_forward, gelu_backward)
 
 
 @_ANY.forward
@@ -1060,12 +1062,7 @@ def silu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
 @_constructor
 def silu() -> Layer:
     """x · sigmoid(x), also called swish (Hendrycks and Gimpel 2016)."""
-    return _elementwise(silu_forward, silu_backward)
-
-
-def softmax_init(key: Key, shape: Shape, *, where: str = "softmax") -> tuple[Tree, Shape]:
-    """No params, and the shape is unchanged; it needs an axis of classes. Also for log_softmax."""
-    return {}, _CLASSES.shape(where, shape)
+    return _without_params(silu_forward, silu_backward)
 
 
 @_CLASSES.forward
@@ -1085,7 +1082,7 @@ def softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree
 @_constructor
 def softmax() -> Layer:
     """exp(x) / Σ exp(x) over the last axis. Do not put it before `softmax_cross_entropy`."""
-    return Layer(softmax_init, softmax_forward, softmax_backward)
+    return _without_params(softmax_forward, softmax_backward)
 
 
 @_CLASSES.forward
@@ -1105,8 +1102,7 @@ def log_softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, 
 @_constructor
 def log_softmax() -> Layer:
     """x - log Σ exp(x) over the last axis."""
-    init = partial(softmax_init, where="log_softmax")
-    return Layer(init, log_softmax_forward, log_softmax_backward)
+    return _without_params(log_softmax_forward, log_softmax_backward)
 
 
 # --- regularizers ---
@@ -1700,14 +1696,6 @@ def _to_largest(
     return dx
 
 
-def pool2d_init(
-    key: Key, shape: Shape, *, where: str, size: Pair, **options: Any
-) -> tuple[Tree, Shape]:
-    """No params; (C, H, W) becomes (C, Ho, Wo), Ho = (H + 2 · padding - size) // stride + 1."""
-    C, *image = _POOLED.shape(where, shape)
-    return {}, (C, *_windows(where, tuple(image), size, **options).counts)
-
-
 def _pool2d(
     where: str,
     forward: Callable[..., Any],
@@ -1725,12 +1713,7 @@ def _pool2d(
             f"{where}: padding must be at most half of the window {size}, got {(down, across)}"
         )
     sides = (down, down), (across, across)
-    options: dict[str, Any] = {"size": size, "stride": stride, "padding": sides}
-    return Layer(
-        partial(pool2d_init, where=where, **options),
-        partial(forward, **options),
-        partial(backward, **options),
-    )
+    return _without_params(forward, backward, size=size, stride=stride, padding=sides)
 
 
 @_POOLED.forward
@@ -1823,11 +1806,6 @@ def avg_pool2d(
 _GLOBAL_AVG_POOL2D = _Form(**_IMAGES, y="N C")
 
 
-def global_avg_pool2d_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
-    """No params; (C, H, W) becomes (C,)."""
-    return {}, _GLOBAL_AVG_POOL2D.shape("global_avg_pool2d", shape)[:1]
-
-
 @_GLOBAL_AVG_POOL2D.forward
 def global_avg_pool2d_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y (N, C) = the mean of x (N, C, H, W) over H and W."""
@@ -1845,7 +1823,7 @@ def global_avg_pool2d_backward(params: Tree, cache: Array, dy: Array) -> tuple[A
 @_constructor
 def global_avg_pool2d() -> Layer:
     """The mean of each channel, (N, C, H, W) -> (N, C) (Lin et al. 2014)."""
-    return Layer(global_avg_pool2d_init, global_avg_pool2d_forward, global_avg_pool2d_backward)
+    return _without_params(global_avg_pool2d_forward, global_avg_pool2d_backward)
 
 
 # ------------------------------------------------------------------------------------------------
