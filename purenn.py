@@ -46,15 +46,16 @@ __all__ = [
     "tree_map", "tree_flatten", "tree_unflatten", "tree_add", "count_parameters", "global_norm",
     "clip_gradients", "fold_key", "training", "zeros", "constant", "normal", "uniform",
     "xavier_normal", "xavier_uniform", "he_normal", "he_uniform", "orthogonal", "Layer", "linear",
-    "identity", "flatten", "relu", "leaky_relu", "elu", "sigmoid", "tanh", "softplus", "gelu",
-    "silu", "softmax", "log_softmax", "dropout", "batch_norm", "update_statistics", "layer_norm",
-    "conv2d", "max_pool2d", "avg_pool2d", "global_avg_pool2d", "sequential", "residual",
+    "identity", "flatten", "reshape", "permute", "last", "relu", "leaky_relu", "elu", "sigmoid",
+    "tanh", "softplus", "gelu", "silu", "softmax", "log_softmax", "dropout", "batch_norm",
+    "update_statistics", "layer_norm", "group_norm", "conv2d", "max_pool2d", "avg_pool2d",
+    "global_avg_pool2d", "upsample2d", "sequential", "residual",
     "softmax_cross_entropy", "cross_entropy", "hinge", "binary_cross_entropy", "mean_squared_error",
     "mean_absolute_error", "huber", "l2_penalty", "Optimizer", "sgd", "adam", "adamw", "rmsprop",
     "adagrad", "adadelta", "step_decay", "multistep", "exponential", "cosine", "cyclic",
     "one_cycle", "warmup", "reduce_on_plateau", "check_gradients", "value_and_grad",
-    "data_parallel", "accuracy", "batches", "augment", "replacing", "save", "load",
-    "keep_freed_memory",
+    "data_parallel", "accuracy", "batches", "augment", "to_torch", "from_torch",
+    "summary", "replacing", "save", "load", "keep_freed_memory",
 ]
 # fmt: on
 
@@ -616,12 +617,12 @@ def _check_names(where: str, params: Any, known: Iterable[str]) -> None:
         raise ValueError(f"{where}: params have unknown entries {unknown}, expected {expected}")
 
 
-def _entry(where: str, tree: Tree, name: str, dtype: np.dtype[Any]) -> Array:
-    """The array `tree[name]` in `dtype`."""
+def _entry(where: str, tree: Tree, name: str, dtype: np.dtype[Any] | None = None) -> Array:
+    """The array `tree[name]`, in `dtype` if one is given."""
     if name not in tree:
         raise ValueError(f"{where}: there is no entry {name!r} in {_names(tree)}")
     _check_array(where, name, tree[name])
-    return tree[name].astype(dtype, copy=False)
+    return tree[name].astype(dtype or tree[name].dtype, copy=False)
 
 
 def _own_cache(where: str, cache: Any, entries: Sequence[str]) -> Tree:
@@ -888,6 +889,80 @@ def flatten() -> Layer:
     return _without_params(flatten_forward, flatten_backward)
 
 
+def _reshaped(x: Array, size: Shape) -> Shape:
+    if math.prod(x.shape[1:]) != math.prod(size):
+        raise ValueError(f"reshape: a sample of shape {x.shape[1:]} does not fit in {size}")
+    return (len(x), *size)
+
+
+@_FLATTEN.forward
+def reshape_forward(params: Tree, x: Array, *, size: Shape) -> tuple[Array, Array]:
+    """y (N, *size) holds the entries of x (N, ...) in C order."""
+    _reshaped(x, size)
+    return np.moveaxis(np.moveaxis(x, 0, -1).reshape(*size, len(x)), -1, 0), x
+
+
+@_FLATTEN.backward()
+def reshape_backward(params: Tree, cache: Array, dy: Array, *, size: Shape) -> tuple[Array, Tree]:
+    """dx is dy in the shape of x."""
+    dy = _gradient("reshape", dy, _reshaped(cache, size), cache.dtype)
+    return dy.reshape(cache.shape), {}
+
+
+@_constructor
+def reshape(*shape: int) -> Layer:
+    """(N, ...) -> (N, *shape) of as many values, as PyTorch's Unflatten: `reshape(64, 7, 7)`."""
+    size = _check_shape("reshape", shape)
+    return _without_params(reshape_forward, reshape_backward, size=size)
+
+
+@_ANY.forward
+def permute_forward(params: Tree, x: Array, *, axes: Shape) -> tuple[Array, Array]:
+    """y: its axis i, the batch not counted, is axis axes[i] of x (N, ...)."""
+    if x.ndim != len(axes) + 1:
+        raise ValueError(f"permute: a sample of shape {x.shape[1:]} does not have axes {axes}")
+    y = x.transpose(0, *(axis + 1 for axis in axes))
+    return y, y
+
+
+@_ANY.backward()
+def permute_backward(params: Tree, cache: Array, dy: Array, *, axes: Shape) -> tuple[Array, Tree]:
+    """dx is dy with its axes in the order of x."""
+    return dy.transpose(0, *(np.argsort(axes) + 1)), {}
+
+
+@_constructor
+def permute(*axes: int) -> Layer:
+    """The axes in another order, the batch not counted: `permute(1, 0)` swaps time and features."""
+    order = tuple(_whole("permute", "every axis", axis, 0) for axis in axes)
+    if sorted(order) != list(range(len(order))):
+        raise ValueError(f"permute: axes must be 0, 1, ... in some order, got {order}")
+    return _without_params(permute_forward, permute_backward, axes=order)
+
+
+_LAST = _Form("N T ...", y="N ...")
+
+
+@_LAST.forward
+def last_forward(params: Tree, x: Array) -> tuple[Array, Array]:
+    """y (N, ...) = x[:, -1], for x (N, T, ...)."""
+    return x[:, -1], x
+
+
+@_LAST.backward()
+def last_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+    """dx is dy at the last step, and 0 at all others."""
+    dx = np.zeros_like(cache)
+    dx[:, -1] = dy
+    return dx, {}
+
+
+@_constructor
+def last() -> Layer:
+    """The last step of a sequence, (N, T, ...) -> (N, ...)."""
+    return _without_params(last_forward, last_backward)
+
+
 # --- activations: element by element, any shape ---
 
 
@@ -1026,24 +1101,37 @@ def _gelu_tanh(x: Array) -> tuple[Array, Array]:
     return clipped, np.tanh(_SQRT_2_OVER_PI * clipped * (1 + 0.044715 * clipped * clipped))
 
 
+def _normal_cdf(x: Array) -> Array:
+    """Φ(x) = erfc(-x/√2)/2, one number after the other: NumPy has no erfc, but C has."""
+    erfc = map(math.erfc, (-math.sqrt(0.5) * x).ravel().tolist())
+    return 0.5 * np.fromiter(erfc, x.dtype, x.size).reshape(x.shape)
+
+
 @_ANY.forward
-def gelu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
-    """y = x/2 · (1 + tanh(sqrt(2/π) · (x + 0.044715 x³)))."""
-    return 0.5 * x * (1 + _gelu_tanh(x)[1]), x
+def gelu_forward(params: Tree, x: Array, *, exact: bool) -> tuple[Array, Array]:
+    """y = x/2 · (1 + tanh(sqrt(2/π) · (x + 0.044715 x³))), or x · Φ(x) if exact."""
+    return (np.maximum(x, -40) * _normal_cdf(x) if exact else 0.5 * x * (1 + _gelu_tanh(x)[1])), x
 
 
 @_ANY.backward()
-def gelu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
-    """dx = dy · ((1 + t)/2 + x/2 · (1 - t²) · sqrt(2/π) · (1 + 3 · 0.044715 x²)), t the tanh."""
+def gelu_backward(params: Tree, cache: Array, dy: Array, *, exact: bool) -> tuple[Array, Tree]:
+    """dx = dy · ((1 + t)/2 + x/2 · (1 - t²) · sqrt(2/π) · (1 + 3 · 0.044715 x²)), t the tanh.
+
+    If exact, dx = dy · (Φ(x) + x · exp(-x²/2) / sqrt(2π)).
+    """
+    if exact:
+        x = np.clip(cache, -40, 40)
+        return dy * (_normal_cdf(x) + x * np.exp(-0.5 * x * x) * math.sqrt(0.5 / math.pi)), {}
     x, t = _gelu_tanh(cache)
     inner = _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x)
     return dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner), {}
 
 
 @_constructor
-def gelu() -> Layer:
-    """x · Φ(x) in its tanh form (Hendrycks and Gimpel 2016); NumPy has no erf."""
-    return _without_params(gelu_forward, gelu_backward)
+def gelu(*, exact: bool = False) -> Layer:
+    """x · Φ(x) (Hendrycks and Gimpel 2016), or its tanh form, which is 20 times faster."""
+    _check_bool("gelu", "exact", exact)
+    return _without_params(gelu_forward, gelu_backward, exact=exact)
 
 
 @_ANY.forward
@@ -1152,18 +1240,18 @@ def batch_norm_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
 
 
 def _channel_sums(*factors: Array) -> Array:
-    """Σ of the product of one or two arrays (N, C) or (N, C, H, W), over all axes but 1."""
-    axes = "nchw"[: factors[0].ndim]
+    """Σ of the product of one or two arrays (N, C, ...), over all axes but 1."""
+    axes = "nchwdefgijklm"[: factors[0].ndim]
     return np.einsum(",".join([axes] * len(factors)) + "->c", *factors)
 
 
 def _per_channel(vector: Array, x: Array) -> Array:
-    """A vector (C,) in a shape that broadcasts with x (N, C) or (N, C, H, W).
+    """A vector (C,) in a shape that broadcasts with x (N, C, ...).
 
     For images it is repeated along a row of pixels: broadcasting single values is twice as slow.
     """
-    if x.ndim == 2:
-        return vector
+    if x.ndim != 4:
+        return vector if x.ndim == 2 else vector.reshape(-1, *[1] * (x.ndim - 2))
     N, C, _, W = x.shape
     return np.repeat(vector, W * N).reshape(C, 1, W, N).transpose(3, 0, 1, 2)
 
@@ -1278,6 +1366,67 @@ def update_statistics(params: Tree, cache: Any, momentum: float = 0.1) -> Tree:
     return _move_statistics(params, cache, momentum)
 
 
+_GROUP_NORM = _Form("N C ...", gamma="C", beta="C")
+
+
+def _by_group(x: Array, groups: int) -> tuple[Array, Shape]:
+    """x (N, C, ...) seen as (N, groups, C/groups, ...), and the axes of a group."""
+    N, C, *others = x.shape
+    if C % groups:
+        raise ValueError(f"group_norm: {groups} groups do not divide the {C} channels of x")
+    return x.reshape(N, groups, C // groups, *others), tuple(range(2, x.ndim + 1))
+
+
+def group_norm_init(key: Key, shape: Shape, *, groups: int) -> tuple[Tree, Shape]:
+    """gamma 1 and beta 0, each (C,), for shape (C, ...)."""
+    shape = _GROUP_NORM.shape("group_norm", shape)
+    _by_group(np.empty((0, shape[0])), groups)  # for its check
+    return {"gamma": np.ones(shape[0], np.float32), "beta": np.zeros(shape[0], np.float32)}, shape
+
+
+@_GROUP_NORM.forward
+def group_norm_forward(params: Tree, x: Array, *, groups: int, eps: float) -> tuple[Array, Tree]:
+    """y = gamma · (x - mean) / sqrt(var + eps) + beta, mean and var (biased) over each group."""
+    parts, axes = _by_group(x, groups)
+    normalized = parts - parts.mean(axis=axes, keepdims=True)
+    inverse_std = 1 / np.sqrt(np.square(normalized).mean(axis=axes, keepdims=True) + eps)
+    normalized *= inverse_std
+    normalized = normalized.reshape(x.shape)
+    y = normalized * _per_channel(params["gamma"], x)
+    y += _per_channel(params["beta"], x)
+    return y, {"normalized": normalized, "inverse_std": inverse_std}
+
+
+@_GROUP_NORM.backward("normalized", "inverse_std")
+def group_norm_backward(params: Tree, cache: Tree, dy: Array, *, groups: int) -> tuple[Array, Tree]:
+    """dbeta = Σ dy, dgamma = Σ dy · x̂, dx = (g - mean(g) - x̂ · mean(g · x̂)) / σ, g = dy · gamma.
+
+    x̂ is the normalized x; the sums are over all axes but C, the means over each group.
+    """
+    grads = {"gamma": _channel_sums(dy, cache["normalized"]), "beta": _channel_sums(dy)}
+    g, axes = _by_group(dy * _per_channel(params["gamma"], dy), groups)
+    normalized, _ = _by_group(cache["normalized"], groups)
+    dx = g - g.mean(axis=axes, keepdims=True)
+    dx -= normalized * (g * normalized).mean(axis=axes, keepdims=True)
+    dx *= cache["inverse_std"]
+    return dx.reshape(dy.shape), grads
+
+
+@_constructor
+def group_norm(groups: int, *, eps: float = 1e-5) -> Layer:
+    """Normalizes each sample (C, ...) over groups of its channels (Wu and He 2018), as PyTorch.
+
+    ValueError for groups that do not divide C; `init` finds it from the shape.
+    """
+    groups = _whole("group_norm", "groups", groups, 1)
+    eps = _number("group_norm", "eps", eps, above=0, below=math.inf)
+    return Layer(
+        partial(group_norm_init, groups=groups),
+        partial(group_norm_forward, groups=groups, eps=eps),
+        partial(group_norm_backward, groups=groups),
+    )
+
+
 _LAYER_NORM = _Form("N ... in", gamma="in", beta="in")
 
 
@@ -1290,27 +1439,17 @@ def layer_norm_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
 @_LAYER_NORM.forward
 def layer_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tree]:
     """y = gamma · (x - mean) / sqrt(var + eps) + beta, mean and var (biased) over the last axis."""
-    normalized = x - x.mean(axis=-1, keepdims=True)
-    inverse_std = 1 / np.sqrt(np.square(normalized).mean(axis=-1, keepdims=True) + eps)
-    normalized *= inverse_std
-    y = normalized * params["gamma"] + params["beta"]
-    return y, {"normalized": normalized, "inverse_std": inverse_std}
+    y, cache = group_norm_forward(params, x.reshape(-1, x.shape[-1]), groups=1, eps=eps)
+    return y.reshape(x.shape), {**cache, "normalized": cache["normalized"].reshape(x.shape)}
 
 
 @_LAYER_NORM.backward("normalized", "inverse_std")
 def layer_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]:
-    """dbeta = Σ dy, dgamma = Σ dy · x̂, dx = (g - mean(g) - x̂ · mean(g · x̂)) / σ, g = dy · gamma.
-
-    x̂ is the normalized x; the sums are over all axes but the last, the means over the last.
-    """
-    normalized = cache["normalized"]
-    axes = tuple(range(dy.ndim - 1))
-    grads = {"gamma": (dy * normalized).sum(axis=axes), "beta": dy.sum(axis=axes)}
-    g = dy * params["gamma"]
-    dx = g - g.mean(axis=-1, keepdims=True)
-    dx -= normalized * (g * normalized).mean(axis=-1, keepdims=True)
-    dx *= cache["inverse_std"]
-    return dx, grads
+    """dx, dgamma and dbeta of `group_norm` with one group, whose channels are the last axis."""
+    rows = dy.reshape(-1, dy.shape[-1])
+    cache = {**cache, "normalized": cache["normalized"].reshape(rows.shape)}
+    dx, grads = group_norm_backward(params, cache, rows, groups=1)
+    return dx.reshape(dy.shape), grads
 
 
 @_constructor
@@ -1824,6 +1963,30 @@ def global_avg_pool2d_backward(params: Tree, cache: Array, dy: Array) -> tuple[A
 def global_avg_pool2d() -> Layer:
     """The mean of each channel, (N, C, H, W) -> (N, C) (Lin et al. 2014)."""
     return _without_params(global_avg_pool2d_forward, global_avg_pool2d_backward)
+
+
+@_POOLED.forward
+def upsample2d_forward(params: Tree, x: Array, *, factor: Pair) -> tuple[Array, Array]:
+    """y[n, c, r, s] = x[n, c, r // factor, s // factor], for x (N, C, H, W)."""
+    return _batch_first(_rows_first(x).repeat(factor[1], axis=2).repeat(factor[0], axis=0)), x
+
+
+@_POOLED.backward()
+def upsample2d_backward(
+    params: Tree, cache: Array, dy: Array, *, factor: Pair
+) -> tuple[Array, Tree]:
+    """dx = the sum of dy over the copies of each pixel."""
+    (N, C, H, W), (down, across) = cache.shape, factor
+    drows = _rows_first(_gradient("upsample2d", dy, (N, C, H * down, W * across), cache.dtype))
+    dx: Any = sum(drows[i::down, :, j::across] for i in range(down) for j in range(across))
+    return _batch_first(dx), {}
+
+
+@_constructor
+def upsample2d(factor: int | Pair) -> Layer:
+    """Each pixel `factor` times down and across, a number or a pair; PyTorch's nearest Upsample."""
+    pair = _pair("upsample2d", "factor", factor, 1)
+    return _without_params(upsample2d_forward, upsample2d_backward, factor=pair)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3037,6 +3200,133 @@ def augment(
         bend = (elastic / 0.48) * (down @ knots @ across.T).astype(np.float32)
         y, x = y + bend[0], x + bend[1]
     return _sample(images, y, x)
+
+
+# ------------------------------------------------------------------------------------------------
+# Exchange with PyTorch, and a summary
+# ------------------------------------------------------------------------------------------------
+
+# Of each layer: the axes of a sample, which axis of the first entry is as long as "in", and every
+# entry of PyTorch's = ours, ".T" where it is transposed, nothing where we do not keep it. What are
+# two entries there and one here is their sum.
+_KERNEL, _AFFINE = "weight=W bias=b", "weight=gamma bias=beta"
+_RECURRENT = "weight_ih_l0=W.T weight_hh_l0=U.T bias_ih_l0=b bias_hh_l0="
+_QKV = "in_proj_weight=qkv/W.T in_proj_bias=qkv/b out_proj.weight=out/W.T out_proj.bias=out/b"
+_TORCH: dict[str, tuple[str, int, str]] = {
+    "linear": ("in", 0, "weight=W.T bias=b"),
+    "batch_norm": ("in", 0, f"{_AFFINE} running_mean=mean running_var=var num_batches_tracked="),
+    **dict.fromkeys(("layer_norm", "group_norm"), ("in", 0, _AFFINE)),
+    "embedding": ("", 0, "weight=W"),
+    "position_embedding": ("", 0, "none"),
+    **dict.fromkeys(("rnn", "lstm"), ("T in", 0, f"{_RECURRENT}b")),
+    "gru": ("T in", 0, f"{_RECURRENT}c"),
+    "attention": ("T in", 0, _QKV),
+    "conv1d": ("in T", 1, _KERNEL),
+    "conv2d": ("in H W", 1, _KERNEL),
+    "conv2d_transpose": ("in H W", 0, _KERNEL),
+}
+
+
+def _option(function: Any, name: str) -> Any:
+    """What a function of a layer was given as an option, or None."""
+    return getattr(function, "keywords", {}).get(name)
+
+
+def _kind_of(layer: LayerLike) -> str:
+    """The name of the function of this file that made a layer, or of its class."""
+    return repr(layer).partition("(")[0] if isinstance(layer, Layer) else type(layer).__name__
+
+
+def _layers_in(net: LayerLike, path: str = "") -> list[tuple[str, Any]]:
+    """(path, layer) of every layer that is not made of others; a path ends with "/"."""
+    layers = _option(net.forward, "layers")
+    if not isinstance(layers, dict):
+        return [(path, net)]
+    return [pair for name in layers for pair in _layers_in(layers[name], f"{path}{name}/")]
+
+
+def _exchange(where: str, net: Any, source: Tree, ours: bool) -> Tree:
+    """The entries of a network from a flat dict, `ours` or PyTorch's, by their other names."""
+    _check_layer(where, "net", net)
+    target: Tree = {}
+    used = set()
+    for path, layer in _layers_in(net):
+        sample, axis, entries = _TORCH.get(_kind_of(layer), ("", 0, ""))
+        if entries == "none" or _option(layer.forward, "reverse"):
+            raise ValueError(f"{where}: {path[:-1] or 'net'}: PyTorch has no {layer!r}")
+        initial: Tree = {}
+        for theirs, _, entry in (pair.partition("=") for pair in entries.split()):
+            own, transposed = entry.removesuffix(".T"), entry.endswith(".T")
+            names = path + own, path.replace("/", ".") + theirs
+            name, other = names if ours else names[::-1]
+            if own and initial and own not in initial:
+                continue  # it has no bias
+            if own:
+                array = _entry(where, source, name)
+                shape = array.shape[::-1] if transposed and not ours else array.shape
+                what = f"{where}: {name} {array.shape}"
+                if not initial:
+                    features = (*shape, 1, 1)[axis] * (_option(layer.init, "groups") if axis else 1)
+                    example = tuple(features if a == "in" else 10**6 for a in sample.split())
+                    initial = tree_flatten(_call_child(what, "init", layer.init, 0, example)[0])
+                if own not in initial or shape != initial[own].shape:
+                    raise ValueError(f"{what} does not fit {layer!r}")
+                moved = np.array(array.T if transposed else array, order="C")
+                moved = np.zeros_like(moved) if name in used else moved  # the second of two biases
+                target[other] = target[other] + moved if other in target else moved
+            elif ours:
+                target[other] = np.zeros((), np.int64)
+            used.add(name)
+    if unused := sorted(map(str, source.keys() - used)):
+        raise ValueError(f"{where}: no layer that PyTorch has takes the entries {unused}")
+    return target
+
+
+def to_torch(net: LayerLike, params: Tree) -> dict[str, Array]:
+    """{"0.weight": array, ...}: what state_dict() of the same network in PyTorch holds.
+
+    Our path a/b/W is a.b.weight there; the second bias of rnn and lstm is 0. ValueError for params
+    that do not fit and layers that PyTorch has not, or not alone: `lstm(8, reverse=True)`.
+    """
+    return _exchange("to_torch", net, _flatten("to_torch", "params", params), ours=True)
+
+
+def from_torch(net: LayerLike, state: dict[str, Array]) -> Tree:
+    """The params of `net` with the values of a state_dict(), {name: tensor.numpy(), ...}.
+
+    The inverse of `to_torch`. ValueError for an entry that is missing, unknown or does not fit the
+    options of its layer; TypeError for one that is not an array of float32 or float64.
+    """
+    _check_dict("from_torch", "state", state)
+    return tree_unflatten(_exchange("from_torch", net, state, ours=False))
+
+
+def _noting_init(key: Key, shape: Any, *, layer: Any, path: str, rows: list[Any]) -> Any:
+    """`layer.init`, which also adds the rows of `summary` for this layer, or for those in it."""
+    layers = _option(layer.init, "layers")
+    if not isinstance(layers, dict):
+        params, out = _two_results("init", layer.init(key, shape))
+        rows.append((path[1:], _kind_of(layer), str(out), f"{count_parameters(params):,}"))
+        return params, out
+    noting = {}
+    for name, child in layers.items():
+        init = partial(_noting_init, layer=child, path=f"{path}/{name}", rows=rows)
+        noting[name] = Layer(init, child.forward, child.backward)
+    return layer.init(key, shape, layers=noting)
+
+
+def summary(net: LayerLike, shape: Any) -> str:
+    """A table: path, kind, output shape and parameters of every layer, and the total.
+
+    Layers made of others have no line; `shape` is what `init` takes. Running statistics count.
+    """
+    _check_layer("summary", "net", net)
+    rows: list[Any] = []
+    params, _ = _noting_init(0, shape, layer=net, path="", rows=rows)
+    rows.append(("total", "", "", f"{count_parameters(params):,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([*map(str.ljust, row[:3], widths), row[3].rjust(widths[3])] for row in rows)
+    return "\n".join(map("  ".join, lines))
 
 
 # ------------------------------------------------------------------------------------------------
