@@ -1366,6 +1366,48 @@ def update_statistics(params: Tree, cache: Any, momentum: float = 0.1) -> Tree:
     return _move_statistics(params, cache, momentum)
 
 
+_LAYER_NORM = _Form("N ... in", gamma="in", beta="in")
+
+
+def layer_norm_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
+    """gamma 1 and beta 0, each (in,), for shape (..., in)."""
+    shape = _LAYER_NORM.shape("layer_norm", shape)
+    return {"gamma": np.ones(shape[-1], np.float32), "beta": np.zeros(shape[-1], np.float32)}, shape
+
+
+@_LAYER_NORM.forward
+def layer_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tree]:
+    """y = gamma · (x - mean) / sqrt(var + eps) + beta, mean and var (biased) over the last axis."""
+    normalized = x - x.mean(axis=-1, keepdims=True)
+    inverse_std = 1 / np.sqrt(np.square(normalized).mean(axis=-1, keepdims=True) + eps)
+    normalized *= inverse_std
+    y = normalized * params["gamma"] + params["beta"]
+    return y, {"normalized": normalized, "inverse_std": inverse_std}
+
+
+@_LAYER_NORM.backward("normalized", "inverse_std")
+def layer_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]:
+    """dbeta = Σ dy, dgamma = Σ dy · x̂, dx = (g - mean(g) - x̂ · mean(g · x̂)) / σ, g = dy · gamma.
+
+    x̂ is the normalized x; the sums are over all axes but the last, the means over the last.
+    """
+    normalized = cache["normalized"]
+    axes = tuple(range(dy.ndim - 1))
+    grads = {"gamma": (dy * normalized).sum(axis=axes), "beta": dy.sum(axis=axes)}
+    g = dy * params["gamma"]
+    dx = g - g.mean(axis=-1, keepdims=True)
+    dx -= normalized * (g * normalized).mean(axis=-1, keepdims=True)
+    dx *= cache["inverse_std"]
+    return dx, grads
+
+
+@_constructor
+def layer_norm(*, eps: float = 1e-5) -> Layer:
+    """Normalizes each sample over its last axis (Ba et al. 2016), as PyTorch does."""
+    eps = _number("layer_norm", "eps", eps, above=0, below=math.inf)
+    return Layer(layer_norm_init, partial(layer_norm_forward, eps=eps), layer_norm_backward)
+
+
 _GROUP_NORM = _Form("N C ...", gamma="C", beta="C")
 
 
@@ -1399,10 +1441,7 @@ def group_norm_forward(params: Tree, x: Array, *, groups: int, eps: float) -> tu
 
 @_GROUP_NORM.backward("normalized", "inverse_std")
 def group_norm_backward(params: Tree, cache: Tree, dy: Array, *, groups: int) -> tuple[Array, Tree]:
-    """dbeta = Σ dy, dgamma = Σ dy · x̂, dx = (g - mean(g) - x̂ · mean(g · x̂)) / σ, g = dy · gamma.
-
-    x̂ is the normalized x; the sums are over all axes but C, the means over each group.
-    """
+    """As `layer_norm_backward`, with the sums over all axes but C, the means over each group."""
     grads = {"gamma": _channel_sums(dy, cache["normalized"]), "beta": _channel_sums(dy)}
     g, axes = _by_group(dy * _per_channel(params["gamma"], dy), groups)
     normalized, _ = _by_group(cache["normalized"], groups)
@@ -1425,38 +1464,6 @@ def group_norm(groups: int, *, eps: float = 1e-5) -> Layer:
         partial(group_norm_forward, groups=groups, eps=eps),
         partial(group_norm_backward, groups=groups),
     )
-
-
-_LAYER_NORM = _Form("N ... in", gamma="in", beta="in")
-
-
-def layer_norm_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
-    """gamma 1 and beta 0, each (in,), for shape (..., in)."""
-    shape = _LAYER_NORM.shape("layer_norm", shape)
-    return {"gamma": np.ones(shape[-1], np.float32), "beta": np.zeros(shape[-1], np.float32)}, shape
-
-
-@_LAYER_NORM.forward
-def layer_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tree]:
-    """y = gamma · (x - mean) / sqrt(var + eps) + beta, mean and var (biased) over the last axis."""
-    y, cache = group_norm_forward(params, x.reshape(-1, x.shape[-1]), groups=1, eps=eps)
-    return y.reshape(x.shape), {**cache, "normalized": cache["normalized"].reshape(x.shape)}
-
-
-@_LAYER_NORM.backward("normalized", "inverse_std")
-def layer_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]:
-    """dx, dgamma and dbeta of `group_norm` with one group, whose channels are the last axis."""
-    rows = dy.reshape(-1, dy.shape[-1])
-    cache = {**cache, "normalized": cache["normalized"].reshape(rows.shape)}
-    dx, grads = group_norm_backward(params, cache, rows, groups=1)
-    return dx.reshape(dy.shape), grads
-
-
-@_constructor
-def layer_norm(*, eps: float = 1e-5) -> Layer:
-    """Normalizes each sample over its last axis (Ba et al. 2016), as PyTorch does."""
-    eps = _number("layer_norm", "eps", eps, above=0, below=math.inf)
-    return Layer(layer_norm_init, partial(layer_norm_forward, eps=eps), layer_norm_backward)
 
 
 # --- convolution and pooling ---
