@@ -45,16 +45,16 @@ __all__ = [
     "tree_map", "tree_flatten", "tree_unflatten", "tree_add", "count_parameters", "global_norm",
     "clip_gradients", "fold_key", "training", "zeros", "constant", "normal", "uniform",
     "xavier_normal", "xavier_uniform", "he_normal", "he_uniform", "orthogonal", "Layer", "linear",
-    "identity", "flatten", "relu", "leaky_relu", "elu", "sigmoid", "tanh", "softplus", "gelu",
-    "silu", "softmax", "log_softmax", "dropout", "batch_norm", "update_statistics", "layer_norm",
-    "conv1d", "conv2d", "conv2d_transpose", "max_pool2d", "avg_pool2d", "global_avg_pool2d",
-    "sequential", "residual",
+    "identity", "flatten", "reshape", "permute", "last", "relu", "leaky_relu", "elu", "sigmoid",
+    "tanh", "softplus", "gelu", "silu", "softmax", "log_softmax", "dropout", "batch_norm",
+    "update_statistics", "layer_norm", "group_norm", "conv1d", "conv2d", "conv2d_transpose",
+    "max_pool2d", "avg_pool2d", "global_avg_pool2d", "upsample2d", "sequential", "residual",
     "softmax_cross_entropy", "cross_entropy", "hinge", "binary_cross_entropy", "mean_squared_error",
     "mean_absolute_error", "huber", "l2_penalty", "Optimizer", "sgd", "adam", "adamw", "rmsprop",
     "adagrad", "adadelta", "step_decay", "multistep", "exponential", "cosine", "cyclic",
     "one_cycle", "warmup", "reduce_on_plateau", "check_gradients", "value_and_grad",
-    "data_parallel", "accuracy", "batches", "augment", "replacing", "save", "load",
-    "keep_freed_memory",
+    "data_parallel", "accuracy", "batches", "augment", "to_torch", "from_torch",
+    "summary", "replacing", "save", "load", "keep_freed_memory",
 ]
 # fmt: on
 
@@ -616,12 +616,12 @@ def _check_names(where: str, params: Any, known: Iterable[str]) -> None:
         raise ValueError(f"{where}: params have unknown entries {unknown}, expected {expected}")
 
 
-def _entry(where: str, tree: Tree, name: str, dtype: np.dtype[Any]) -> Array:
-    """The array `tree[name]` in `dtype`."""
+def _entry(where: str, tree: Tree, name: str, dtype: np.dtype[Any] | None = None) -> Array:
+    """The array `tree[name]`, in `dtype` if one is given."""
     if name not in tree:
         raise ValueError(f"{where}: there is no entry {name!r} in {_names(tree)}")
     _check_array(where, name, tree[name])
-    return tree[name].astype(dtype, copy=False)
+    return tree[name].astype(dtype or tree[name].dtype, copy=False)
 
 
 def _own_cache(where: str, cache: Any, entries: Sequence[str]) -> Tree:
@@ -729,6 +729,7 @@ class _Form:
                 return _call_quietly(forward, params, x, **options)
             return function(check(params, x)[0], x, **options)
 
+        forward.form = self  # type: ignore[attr-defined]  # for `shape_init`
         return cast(_Function, forward)
 
     def backward(self, *entries: str) -> Callable[[_Function], _Function]:
@@ -831,16 +832,22 @@ _FLATTEN = _Form("N ...", y="")
 
 
 def identity_init(key: Key, shape: Shape, *, where: str = "identity") -> tuple[Tree, Shape]:
-    """No params, and the shape is unchanged: also the `init` of every activation."""
+    """No params, and the shape is unchanged."""
     return {}, _ANY.shape(where, shape)
 
 
-def _elementwise(forward: _Function, backward: _Function, **options: Any) -> Layer:
+def shape_init(key: Key, shape: Shape, *, forward: Any) -> tuple[Tree, Shape]:
+    """No params; the shape is that of forward's y for one x of zeros."""
+    function = getattr(forward, "func", forward)
+    shape = function.form.shape(function.__name__.removesuffix("_forward"), shape)
+    return {}, forward({}, np.zeros((1, *shape), np.float32))[0].shape[1:]
+
+
+def _without_params(forward: Any, backward: Any, **options: Any) -> Layer:
     """A layer without params whose forward and backward take these options."""
-    init = partial(identity_init, where=forward.__name__.removesuffix("_forward"))
     if options:
-        return Layer(init, partial(forward, **options), partial(backward, **options))
-    return Layer(init, forward, backward)
+        forward, backward = partial(forward, **options), partial(backward, **options)
+    return Layer(partial(shape_init, forward=forward), forward, backward)
 
 
 @_ANY.forward
@@ -861,11 +868,6 @@ def identity() -> Layer:
     return Layer(identity_init, identity_forward, identity_backward)
 
 
-def flatten_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
-    """No params; shape (a, b, ...) becomes (a·b·...,)."""
-    return {}, (math.prod(_FLATTEN.shape("flatten", shape)),)
-
-
 @_FLATTEN.forward
 def flatten_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y (N, a·b·...) holds the entries of x (N, a, b, ...) in C order."""
@@ -883,7 +885,81 @@ def flatten_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree
 @_constructor
 def flatten() -> Layer:
     """(N, a, b, ...) -> (N, a·b·...), as PyTorch's Flatten."""
-    return Layer(flatten_init, flatten_forward, flatten_backward)
+    return _without_params(flatten_forward, flatten_backward)
+
+
+def _reshaped(x: Array, size: Shape) -> Shape:
+    if math.prod(x.shape[1:]) != math.prod(size):
+        raise ValueError(f"reshape: a sample of shape {x.shape[1:]} does not fit in {size}")
+    return (len(x), *size)
+
+
+@_FLATTEN.forward
+def reshape_forward(params: Tree, x: Array, *, size: Shape) -> tuple[Array, Array]:
+    """y (N, *size) holds the entries of x (N, ...) in C order."""
+    _reshaped(x, size)
+    return np.moveaxis(np.moveaxis(x, 0, -1).reshape(*size, len(x)), -1, 0), x
+
+
+@_FLATTEN.backward()
+def reshape_backward(params: Tree, cache: Array, dy: Array, *, size: Shape) -> tuple[Array, Tree]:
+    """dx is dy in the shape of x."""
+    dy = _gradient("reshape", dy, _reshaped(cache, size), cache.dtype)
+    return dy.reshape(cache.shape), {}
+
+
+@_constructor
+def reshape(*shape: int) -> Layer:
+    """(N, ...) -> (N, *shape) of as many values, as PyTorch's Unflatten: `reshape(64, 7, 7)`."""
+    size = _check_shape("reshape", shape)
+    return _without_params(reshape_forward, reshape_backward, size=size)
+
+
+@_ANY.forward
+def permute_forward(params: Tree, x: Array, *, axes: Shape) -> tuple[Array, Array]:
+    """y: its axis i, the batch not counted, is axis axes[i] of x (N, ...)."""
+    if x.ndim != len(axes) + 1:
+        raise ValueError(f"permute: a sample of shape {x.shape[1:]} does not have axes {axes}")
+    y = x.transpose(0, *(axis + 1 for axis in axes))
+    return y, y
+
+
+@_ANY.backward()
+def permute_backward(params: Tree, cache: Array, dy: Array, *, axes: Shape) -> tuple[Array, Tree]:
+    """dx is dy with its axes in the order of x."""
+    return dy.transpose(0, *(np.argsort(axes) + 1)), {}
+
+
+@_constructor
+def permute(*axes: int) -> Layer:
+    """The axes in another order, the batch not counted: `permute(1, 0)` swaps time and features."""
+    order = tuple(_whole("permute", "every axis", axis, 0) for axis in axes)
+    if sorted(order) != list(range(len(order))):
+        raise ValueError(f"permute: axes must be 0, 1, ... in some order, got {order}")
+    return _without_params(permute_forward, permute_backward, axes=order)
+
+
+_LAST = _Form("N T ...", y="N ...")
+
+
+@_LAST.forward
+def last_forward(params: Tree, x: Array) -> tuple[Array, Array]:
+    """y (N, ...) = x[:, -1], for x (N, T, ...)."""
+    return x[:, -1], x
+
+
+@_LAST.backward()
+def last_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+    """dx is dy at the last step, and 0 at all others."""
+    dx = np.zeros_like(cache)
+    dx[:, -1] = dy
+    return dx, {}
+
+
+@_constructor
+def last() -> Layer:
+    """The last step of a sequence, (N, T, ...) -> (N, ...)."""
+    return _without_params(last_forward, last_backward)
 
 
 # --- activations: element by element, any shape ---
@@ -907,7 +983,7 @@ def relu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
 @_constructor
 def relu() -> Layer:
     """max(x, 0); its gradient at 0 is 0."""
-    return _elementwise(relu_forward, relu_backward)
+    return _without_params(relu_forward, relu_backward)
 
 
 @_ANY.forward
@@ -928,7 +1004,7 @@ def leaky_relu_backward(
 def leaky_relu(slope: float = 0.01) -> Layer:
     """x where x > 0, else slope · x (Maas et al. 2013). ValueError for a slope not finite."""
     slope = _number("leaky_relu", "slope", slope, above=-math.inf, below=math.inf)
-    return _elementwise(leaky_relu_forward, leaky_relu_backward, slope=slope)
+    return _without_params(leaky_relu_forward, leaky_relu_backward, slope=slope)
 
 
 @_ANY.forward
@@ -948,7 +1024,7 @@ def elu_backward(params: Tree, cache: Array, dy: Array, *, alpha: float) -> tupl
 def elu(alpha: float = 1.0) -> Layer:
     """x where x > 0, else alpha · (exp(x) - 1), for alpha > 0 (Clevert et al. 2016)."""
     alpha = _number("elu", "alpha", alpha, above=0, below=math.inf)
-    return _elementwise(elu_forward, elu_backward, alpha=alpha)
+    return _without_params(elu_forward, elu_backward, alpha=alpha)
 
 
 def _sigmoid(x: Array) -> Array:
@@ -972,7 +1048,7 @@ def sigmoid_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree
 @_constructor
 def sigmoid() -> Layer:
     """1 / (1 + exp(-x))."""
-    return _elementwise(sigmoid_forward, sigmoid_backward)
+    return _without_params(sigmoid_forward, sigmoid_backward)
 
 
 @_ANY.forward
@@ -991,7 +1067,7 @@ def tanh_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
 @_constructor
 def tanh() -> Layer:
     """tanh(x)."""
-    return _elementwise(tanh_forward, tanh_backward)
+    return _without_params(tanh_forward, tanh_backward)
 
 
 @_ANY.forward
@@ -1009,7 +1085,7 @@ def softplus_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tre
 @_constructor
 def softplus() -> Layer:
     """log(1 + exp(x)), a smooth relu."""
-    return _elementwise(softplus_forward, softplus_backward)
+    return _without_params(softplus_forward, softplus_backward)
 
 
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
@@ -1024,24 +1100,37 @@ def _gelu_tanh(x: Array) -> tuple[Array, Array]:
     return clipped, np.tanh(_SQRT_2_OVER_PI * clipped * (1 + 0.044715 * clipped * clipped))
 
 
+def _normal_cdf(x: Array) -> Array:
+    """Φ(x) = erfc(-x/√2)/2, one number after the other: NumPy has no erfc, but C has."""
+    erfc = map(math.erfc, (-math.sqrt(0.5) * x).ravel().tolist())
+    return 0.5 * np.fromiter(erfc, x.dtype, x.size).reshape(x.shape)
+
+
 @_ANY.forward
-def gelu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
-    """y = x/2 · (1 + tanh(sqrt(2/π) · (x + 0.044715 x³)))."""
-    return 0.5 * x * (1 + _gelu_tanh(x)[1]), x
+def gelu_forward(params: Tree, x: Array, *, exact: bool) -> tuple[Array, Array]:
+    """y = x/2 · (1 + tanh(sqrt(2/π) · (x + 0.044715 x³))), or x · Φ(x) if exact."""
+    return (np.maximum(x, -40) * _normal_cdf(x) if exact else 0.5 * x * (1 + _gelu_tanh(x)[1])), x
 
 
 @_ANY.backward()
-def gelu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
-    """dx = dy · ((1 + t)/2 + x/2 · (1 - t²) · sqrt(2/π) · (1 + 3 · 0.044715 x²)), t the tanh."""
+def gelu_backward(params: Tree, cache: Array, dy: Array, *, exact: bool) -> tuple[Array, Tree]:
+    """dx = dy · ((1 + t)/2 + x/2 · (1 - t²) · sqrt(2/π) · (1 + 3 · 0.044715 x²)), t the tanh.
+
+    If exact, dx = dy · (Φ(x) + x · exp(-x²/2) / sqrt(2π)).
+    """
+    if exact:
+        x = np.clip(cache, -40, 40)
+        return dy * (_normal_cdf(x) + x * np.exp(-0.5 * x * x) * math.sqrt(0.5 / math.pi)), {}
     x, t = _gelu_tanh(cache)
     inner = _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x)
     return dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner), {}
 
 
 @_constructor
-def gelu() -> Layer:
-    """x · Φ(x) in its tanh form (Hendrycks and Gimpel 2016); NumPy has no erf."""
-    return _elementwise(gelu_forward, gelu_backward)
+def gelu(*, exact: bool = False) -> Layer:
+    """x · Φ(x) (Hendrycks and Gimpel 2016), or its tanh form, which is 20 times faster."""
+    _check_bool("gelu", "exact", exact)
+    return _without_params(gelu_forward, gelu_backward, exact=exact)
 
 
 @_ANY.forward
@@ -1060,12 +1149,7 @@ def silu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
 @_constructor
 def silu() -> Layer:
     """x · sigmoid(x), also called swish (Hendrycks and Gimpel 2016)."""
-    return _elementwise(silu_forward, silu_backward)
-
-
-def softmax_init(key: Key, shape: Shape, *, where: str = "softmax") -> tuple[Tree, Shape]:
-    """No params, and the shape is unchanged; it needs an axis of classes. Also for log_softmax."""
-    return {}, _CLASSES.shape(where, shape)
+    return _without_params(silu_forward, silu_backward)
 
 
 @_CLASSES.forward
@@ -1085,7 +1169,7 @@ def softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree
 @_constructor
 def softmax() -> Layer:
     """exp(x) / Σ exp(x) over the last axis. Do not put it before `softmax_cross_entropy`."""
-    return Layer(softmax_init, softmax_forward, softmax_backward)
+    return _without_params(softmax_forward, softmax_backward)
 
 
 @_CLASSES.forward
@@ -1105,8 +1189,7 @@ def log_softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, 
 @_constructor
 def log_softmax() -> Layer:
     """x - log Σ exp(x) over the last axis."""
-    init = partial(softmax_init, where="log_softmax")
-    return Layer(init, log_softmax_forward, log_softmax_backward)
+    return _without_params(log_softmax_forward, log_softmax_backward)
 
 
 # --- regularizers ---
@@ -1156,18 +1239,18 @@ def batch_norm_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
 
 
 def _channel_sums(*factors: Array) -> Array:
-    """Σ of the product of one or two arrays (N, C) or (N, C, H, W), over all axes but 1."""
-    axes = "nchw"[: factors[0].ndim]
+    """Σ of the product of one or two arrays (N, C, ...), over all axes but 1."""
+    axes = "nchwdefgijklm"[: factors[0].ndim]
     return np.einsum(",".join([axes] * len(factors)) + "->c", *factors)
 
 
 def _per_channel(vector: Array, x: Array) -> Array:
-    """A vector (C,) in a shape that broadcasts with x (N, C) or (N, C, H, W).
+    """A vector (C,) in a shape that broadcasts with x (N, C, ...).
 
     For images it is repeated along a row of pixels: broadcasting single values is twice as slow.
     """
-    if x.ndim == 2:
-        return vector
+    if x.ndim != 4:
+        return vector if x.ndim == 2 else vector.reshape(-1, *[1] * (x.ndim - 2))
     N, C, _, W = x.shape
     return np.repeat(vector, W * N).reshape(C, 1, W, N).transpose(3, 0, 1, 2)
 
@@ -1322,6 +1405,64 @@ def layer_norm(*, eps: float = 1e-5) -> Layer:
     """Normalizes each sample over its last axis (Ba et al. 2016), as PyTorch does."""
     eps = _number("layer_norm", "eps", eps, above=0, below=math.inf)
     return Layer(layer_norm_init, partial(layer_norm_forward, eps=eps), layer_norm_backward)
+
+
+_GROUP_NORM = _Form("N C ...", gamma="C", beta="C")
+
+
+def _by_group(x: Array, groups: int) -> tuple[Array, Shape]:
+    """x (N, C, ...) seen as (N, groups, C/groups, ...), and the axes of a group."""
+    N, C, *others = x.shape
+    if C % groups:
+        raise ValueError(f"group_norm: {groups} groups do not divide the {C} channels of x")
+    return x.reshape(N, groups, C // groups, *others), tuple(range(2, x.ndim + 1))
+
+
+def group_norm_init(key: Key, shape: Shape, *, groups: int) -> tuple[Tree, Shape]:
+    """gamma 1 and beta 0, each (C,), for shape (C, ...)."""
+    shape = _GROUP_NORM.shape("group_norm", shape)
+    _by_group(np.empty((0, shape[0])), groups)  # for its check
+    return {"gamma": np.ones(shape[0], np.float32), "beta": np.zeros(shape[0], np.float32)}, shape
+
+
+@_GROUP_NORM.forward
+def group_norm_forward(params: Tree, x: Array, *, groups: int, eps: float) -> tuple[Array, Tree]:
+    """y = gamma · (x - mean) / sqrt(var + eps) + beta, mean and var (biased) over each group."""
+    parts, axes = _by_group(x, groups)
+    normalized = parts - parts.mean(axis=axes, keepdims=True)
+    inverse_std = 1 / np.sqrt(np.square(normalized).mean(axis=axes, keepdims=True) + eps)
+    normalized *= inverse_std
+    normalized = normalized.reshape(x.shape)
+    y = normalized * _per_channel(params["gamma"], x)
+    y += _per_channel(params["beta"], x)
+    return y, {"normalized": normalized, "inverse_std": inverse_std}
+
+
+@_GROUP_NORM.backward("normalized", "inverse_std")
+def group_norm_backward(params: Tree, cache: Tree, dy: Array, *, groups: int) -> tuple[Array, Tree]:
+    """As `layer_norm_backward`, with the sums over all axes but C, the means over each group."""
+    grads = {"gamma": _channel_sums(dy, cache["normalized"]), "beta": _channel_sums(dy)}
+    g, axes = _by_group(dy * _per_channel(params["gamma"], dy), groups)
+    normalized, _ = _by_group(cache["normalized"], groups)
+    dx = g - g.mean(axis=axes, keepdims=True)
+    dx -= normalized * (g * normalized).mean(axis=axes, keepdims=True)
+    dx *= cache["inverse_std"]
+    return dx.reshape(dy.shape), grads
+
+
+@_constructor
+def group_norm(groups: int, *, eps: float = 1e-5) -> Layer:
+    """Normalizes each sample (C, ...) over groups of its channels (Wu and He 2018), as PyTorch.
+
+    ValueError for groups that do not divide C; `init` finds it from the shape.
+    """
+    groups = _whole("group_norm", "groups", groups, 1)
+    eps = _number("group_norm", "eps", eps, above=0, below=math.inf)
+    return Layer(
+        partial(group_norm_init, groups=groups),
+        partial(group_norm_forward, groups=groups, eps=eps),
+        partial(group_norm_backward, groups=groups),
+    )
 
 
 # --- convolution and pooling ---
@@ -1946,14 +2087,6 @@ def _to_largest(rows: Array, y: Array, dy: Array, windows: _Windows, axis: int) 
     return dx
 
 
-def pool2d_init(
-    key: Key, shape: Shape, *, where: str, size: Pair, **options: Any
-) -> tuple[Tree, Shape]:
-    """No params; (C, H, W) becomes (C, Ho, Wo), Ho = (H + 2 · padding - size) // stride + 1."""
-    C, *image = _POOLED.shape(where, shape)
-    return {}, (C, *_windows(where, tuple(image), size, **options).counts)
-
-
 def _pool2d(
     where: str,
     forward: Callable[..., Any],
@@ -1971,12 +2104,7 @@ def _pool2d(
             f"{where}: padding must be at most half of the window {size}, got {(down, across)}"
         )
     sides = (down, down), (across, across)
-    options: dict[str, Any] = {"size": size, "stride": stride, "padding": sides}
-    return Layer(
-        partial(pool2d_init, where=where, **options),
-        partial(forward, **options),
-        partial(backward, **options),
-    )
+    return _without_params(forward, backward, size=size, stride=stride, padding=sides)
 
 
 @_POOLED.forward
@@ -2068,11 +2196,6 @@ def avg_pool2d(
 _GLOBAL_AVG_POOL2D = _Form(**_IMAGES, y="N C")
 
 
-def global_avg_pool2d_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
-    """No params; (C, H, W) becomes (C,)."""
-    return {}, _GLOBAL_AVG_POOL2D.shape("global_avg_pool2d", shape)[:1]
-
-
 @_GLOBAL_AVG_POOL2D.forward
 def global_avg_pool2d_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y (N, C) = the mean of x (N, C, H, W) over H and W."""
@@ -2090,7 +2213,31 @@ def global_avg_pool2d_backward(params: Tree, cache: Array, dy: Array) -> tuple[A
 @_constructor
 def global_avg_pool2d() -> Layer:
     """The mean of each channel, (N, C, H, W) -> (N, C) (Lin et al. 2014)."""
-    return Layer(global_avg_pool2d_init, global_avg_pool2d_forward, global_avg_pool2d_backward)
+    return _without_params(global_avg_pool2d_forward, global_avg_pool2d_backward)
+
+
+@_POOLED.forward
+def upsample2d_forward(params: Tree, x: Array, *, factor: Pair) -> tuple[Array, Array]:
+    """y[n, c, r, s] = x[n, c, r // factor, s // factor], for x (N, C, H, W)."""
+    return _batch_first(_rows_first(x).repeat(factor[1], axis=2).repeat(factor[0], axis=0)), x
+
+
+@_POOLED.backward()
+def upsample2d_backward(
+    params: Tree, cache: Array, dy: Array, *, factor: Pair
+) -> tuple[Array, Tree]:
+    """dx = the sum of dy over the copies of each pixel."""
+    (N, C, H, W), (down, across) = cache.shape, factor
+    drows = _rows_first(_gradient("upsample2d", dy, (N, C, H * down, W * across), cache.dtype))
+    dx: Any = sum(drows[i::down, :, j::across] for i in range(down) for j in range(across))
+    return _batch_first(dx), {}
+
+
+@_constructor
+def upsample2d(factor: int | Pair) -> Layer:
+    """Each pixel `factor` times down and across, a number or a pair; PyTorch's nearest Upsample."""
+    pair = _pair("upsample2d", "factor", factor, 1)
+    return _without_params(upsample2d_forward, upsample2d_backward, factor=pair)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3304,6 +3451,133 @@ def augment(
         bend = (elastic / 0.48) * (down @ knots @ across.T).astype(np.float32)
         y, x = y + bend[0], x + bend[1]
     return _sample(images, y, x)
+
+
+# ------------------------------------------------------------------------------------------------
+# Exchange with PyTorch, and a summary
+# ------------------------------------------------------------------------------------------------
+
+# Of each layer: the axes of a sample, which axis of the first entry is as long as "in", and every
+# entry of PyTorch's = ours, ".T" where it is transposed, nothing where we do not keep it. What are
+# two entries there and one here is their sum.
+_KERNEL, _AFFINE = "weight=W bias=b", "weight=gamma bias=beta"
+_RECURRENT = "weight_ih_l0=W.T weight_hh_l0=U.T bias_ih_l0=b bias_hh_l0="
+_QKV = "in_proj_weight=qkv/W.T in_proj_bias=qkv/b out_proj.weight=out/W.T out_proj.bias=out/b"
+_TORCH: dict[str, tuple[str, int, str]] = {
+    "linear": ("in", 0, "weight=W.T bias=b"),
+    "batch_norm": ("in", 0, f"{_AFFINE} running_mean=mean running_var=var num_batches_tracked="),
+    **dict.fromkeys(("layer_norm", "group_norm"), ("in", 0, _AFFINE)),
+    "embedding": ("", 0, "weight=W"),
+    "position_embedding": ("", 0, "none"),
+    **dict.fromkeys(("rnn", "lstm"), ("T in", 0, f"{_RECURRENT}b")),
+    "gru": ("T in", 0, f"{_RECURRENT}c"),
+    "attention": ("T in", 0, _QKV),
+    "conv1d": ("in T", 1, _KERNEL),
+    "conv2d": ("in H W", 1, _KERNEL),
+    "conv2d_transpose": ("in H W", 0, _KERNEL),
+}
+
+
+def _option(function: Any, name: str) -> Any:
+    """What a function of a layer was given as an option, or None."""
+    return getattr(function, "keywords", {}).get(name)
+
+
+def _kind_of(layer: LayerLike) -> str:
+    """The name of the function of this file that made a layer, or of its class."""
+    return repr(layer).partition("(")[0] if isinstance(layer, Layer) else type(layer).__name__
+
+
+def _layers_in(net: LayerLike, path: str = "") -> list[tuple[str, Any]]:
+    """(path, layer) of every layer that is not made of others; a path ends with "/"."""
+    layers = _option(net.forward, "layers")
+    if not isinstance(layers, dict):
+        return [(path, net)]
+    return [pair for name in layers for pair in _layers_in(layers[name], f"{path}{name}/")]
+
+
+def _exchange(where: str, net: Any, source: Tree, ours: bool) -> Tree:
+    """The entries of a network from a flat dict, `ours` or PyTorch's, by their other names."""
+    _check_layer(where, "net", net)
+    target: Tree = {}
+    used = set()
+    for path, layer in _layers_in(net):
+        sample, axis, entries = _TORCH.get(_kind_of(layer), ("", 0, ""))
+        if entries == "none" or _option(layer.forward, "reverse"):
+            raise ValueError(f"{where}: {path[:-1] or 'net'}: PyTorch has no {layer!r}")
+        initial: Tree = {}
+        for theirs, _, entry in (pair.partition("=") for pair in entries.split()):
+            own, transposed = entry.removesuffix(".T"), entry.endswith(".T")
+            names = path + own, path.replace("/", ".") + theirs
+            name, other = names if ours else names[::-1]
+            if own and initial and own not in initial:
+                continue  # it has no bias
+            if own:
+                array = _entry(where, source, name)
+                shape = array.shape[::-1] if transposed and not ours else array.shape
+                what = f"{where}: {name} {array.shape}"
+                if not initial:
+                    features = (*shape, 1, 1)[axis] * (_option(layer.init, "groups") if axis else 1)
+                    example = tuple(features if a == "in" else 10**6 for a in sample.split())
+                    initial = tree_flatten(_call_child(what, "init", layer.init, 0, example)[0])
+                if own not in initial or shape != initial[own].shape:
+                    raise ValueError(f"{what} does not fit {layer!r}")
+                moved = np.array(array.T if transposed else array, order="C")
+                moved = np.zeros_like(moved) if name in used else moved  # the second of two biases
+                target[other] = target[other] + moved if other in target else moved
+            elif ours:
+                target[other] = np.zeros((), np.int64)
+            used.add(name)
+    if unused := sorted(map(str, source.keys() - used)):
+        raise ValueError(f"{where}: no layer that PyTorch has takes the entries {unused}")
+    return target
+
+
+def to_torch(net: LayerLike, params: Tree) -> dict[str, Array]:
+    """{"0.weight": array, ...}: what state_dict() of the same network in PyTorch holds.
+
+    Our path a/b/W is a.b.weight there; the second bias of rnn and lstm is 0. ValueError for params
+    that do not fit and layers that PyTorch has not, or not alone: `lstm(8, reverse=True)`.
+    """
+    return _exchange("to_torch", net, _flatten("to_torch", "params", params), ours=True)
+
+
+def from_torch(net: LayerLike, state: dict[str, Array]) -> Tree:
+    """The params of `net` with the values of a state_dict(), {name: tensor.numpy(), ...}.
+
+    The inverse of `to_torch`. ValueError for an entry that is missing, unknown or does not fit the
+    options of its layer; TypeError for one that is not an array of float32 or float64.
+    """
+    _check_dict("from_torch", "state", state)
+    return tree_unflatten(_exchange("from_torch", net, state, ours=False))
+
+
+def _noting_init(key: Key, shape: Any, *, layer: Any, path: str, rows: list[Any]) -> Any:
+    """`layer.init`, which also adds the rows of `summary` for this layer, or for those in it."""
+    layers = _option(layer.init, "layers")
+    if not isinstance(layers, dict):
+        params, out = _two_results("init", layer.init(key, shape))
+        rows.append((path[1:], _kind_of(layer), str(out), f"{count_parameters(params):,}"))
+        return params, out
+    noting = {}
+    for name, child in layers.items():
+        init = partial(_noting_init, layer=child, path=f"{path}/{name}", rows=rows)
+        noting[name] = Layer(init, child.forward, child.backward)
+    return layer.init(key, shape, layers=noting)
+
+
+def summary(net: LayerLike, shape: Any) -> str:
+    """A table: path, kind, output shape and parameters of every layer, and the total.
+
+    Layers made of others have no line; `shape` is what `init` takes. Running statistics count.
+    """
+    _check_layer("summary", "net", net)
+    rows: list[Any] = []
+    params, _ = _noting_init(0, shape, layer=net, path="", rows=rows)
+    rows.append(("total", "", "", f"{count_parameters(params):,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([*map(str.ljust, row[:3], widths), row[3].rjust(widths[3])] for row in rows)
+    return "\n".join(map("  ".join, lines))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -150,13 +150,24 @@ LAYERS = {
     "linear": of(st.builds(nn.linear, sizes, bias=st.booleans()), features),
     "identity": elementwise(nn.identity),
     "flatten": elementwise(nn.flatten),
+    "reshape": of(
+        st.sampled_from([nn.reshape(12), nn.reshape(3, 4), nn.reshape(2, 3, 1, 2)]),
+        st.sampled_from([(12,), (4, 3), (2, 2, 3)]),
+        nan=(),
+    ),
+    "permute": of(
+        st.permutations(range(3)).map(lambda axes: nn.permute(*axes)),
+        st.tuples(sizes, sizes, sizes),
+        nan=(),
+    ),
+    "last": of(st.builds(nn.last), features, nan=()),
     "relu": elementwise(nn.relu),
     "leaky_relu": elementwise(nn.leaky_relu, slopes),
     "elu": elementwise(nn.elu, st.floats(0.1, 3)),
     "sigmoid": elementwise(nn.sigmoid),
     "tanh": elementwise(nn.tanh),
     "softplus": elementwise(nn.softplus),
-    "gelu": elementwise(nn.gelu),
+    "gelu": elementwise(lambda exact: nn.gelu(exact=exact), st.booleans()),
     "silu": elementwise(nn.silu),
     "softmax": of(st.builds(nn.softmax), features, nan=("dx",)),
     "log_softmax": of(st.builds(nn.log_softmax), features, nan=("dx",)),
@@ -164,11 +175,16 @@ LAYERS = {
     "batch_norm": of(st.builds(nn.batch_norm, eps=eps), channels),
     "layer_norm": of(st.builds(nn.layer_norm, eps=eps), features),
     "conv1d": of(convolutions(nn.conv1d), st.tuples(st.just(2), st.integers(5, 7)), free=("W",)),
+    "group_norm": of(
+        st.builds(nn.group_norm, st.sampled_from([1, 2, 4]), eps=eps),
+        st.sampled_from([(4,), (4, 3), (4, 2, 3), (8, 1, 2, 2)]),
+    ),
     "conv2d": of(convolutions(), images, free=("W",)),
     "conv2d_transpose": of(convolutions(nn.conv2d_transpose), images),
     "max_pool2d": of(pools(nn.max_pool2d), images, nan=()),
     "avg_pool2d": of(pools(nn.avg_pool2d), images),
     "global_avg_pool2d": of(st.builds(nn.global_avg_pool2d), images),
+    "upsample2d": of(pairs(1, 3).map(nn.upsample2d), images),
     "sequential": of(st.builds(network, sizes), features),
     "residual": of(st.builds(bottleneck, sizes), features),
 }
@@ -541,6 +557,11 @@ FORMULAS = {  # name: (layer, formula, y at -10,000 and at 10,000 and the slopes
         lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
         (0, 1e4, 0, 1),
     ),
+    "gelu(exact)": (
+        nn.gelu(exact=True),
+        lambda x: x / 2 * math.erfc(-x / math.sqrt(2)),
+        (0, 1e4, 0, 1),
+    ),
     "silu": (nn.silu(), lambda x: x / (1 + math.exp(-x)), (0, 1e4, 0, 1)),
 }
 
@@ -565,6 +586,34 @@ def test_activations_are_right_at_large_inputs_without_a_warning(name, dtype):
     dx, _ = layer.backward({}, cache, np.ones(2, dtype))
     np.testing.assert_allclose(dx, limits[2:], rtol=1e-6)
     assert np.isfinite(y).all()
+
+
+NORMAL_DISTRIBUTION = {  # by mpmath with 40 digits
+    -37.25: 5.2978887799272688403e-304, -30.1: 2.4226672179857587657e-199,
+    -20.7: 1.731851879019737858e-95, -12.3: 4.5287069561587846514e-35,
+    -7.7: 6.8033115407739613184e-15, -5.1: 1.6982674071476014616e-7,
+    -3.3: 0.0004834241423837775071, -2.2: 0.013903447513498604313, -1.1: 0.13566606094638265582,
+    -0.7: 0.24196365222307302862, -0.18: 0.42857628409909927816, -1e-3: 0.49960105778608893741,
+    1e-3: 0.50039894221391106259, 0.7: 0.75803634777692697138, 1.1: 0.86433393905361734418,
+    2.2: 0.98609655248650139569, 3.3: 0.99951657585761622249, 8.5: 0.99999999999999999052,
+}  # fmt: skip
+
+
+def test_exact_gelu_is_right_far_out_and_at_infinity():
+    layer = nn.gelu(exact=True)
+    x, phi = map(np.array, zip(*NORMAL_DISTRIBUTION.items(), strict=True))
+    y, cache = layer.forward({}, x)
+    np.testing.assert_allclose(y, x * phi, rtol=1e-12)
+    dx, _ = layer.backward({}, cache, np.ones_like(x))
+    slopes = phi + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    np.testing.assert_allclose(dx, slopes, rtol=1e-12)
+    y32, _ = layer.forward({}, x.astype(np.float32))
+    np.testing.assert_allclose(y32[x > -12], y[x > -12], rtol=4e-6)
+    for dtype in (np.float32, np.float64):
+        y, cache = layer.forward({}, np.array([-math.inf, math.inf, math.nan, 0], dtype))
+        dx, _ = layer.backward({}, cache, np.ones(4, dtype))
+        np.testing.assert_array_equal(y, [0, math.inf, math.nan, 0])
+        np.testing.assert_array_equal(dx, [0, 1, math.nan, 0.5])
 
 
 def test_slopes_at_a_kink_are_those_of_the_left():
@@ -654,6 +703,24 @@ def test_flatten_keeps_c_order(shape, batch, order):
     assert grads == {}
     if x.size:
         assert np.shares_memory(nn.flatten().forward({}, x)[0], x)
+
+
+@given(data=st.data())
+def test_shapes_are_changed_as_numpy_does(data):
+    layer, params, x, y_shape, *_ = data.draw(cases("reshape"))
+    np.testing.assert_array_equal(layer.forward(params, x)[0], x.reshape(y_shape))
+    layer, params, x, *_ = data.draw(cases("permute"))
+    axes = layer.forward.keywords["axes"]
+    y, cache = layer.forward(params, x)
+    for index in np.ndindex(x.shape):
+        assert y[(index[0], *(index[axis + 1] for axis in axes))] == x[index]
+    np.testing.assert_array_equal(layer.backward(params, cache, y)[0], x)
+    layer, params, x, *_ = data.draw(cases("last"))
+    y, cache = layer.forward(params, x)
+    np.testing.assert_array_equal(y, x[:, -1])
+    dx, _ = layer.backward(params, cache, y)
+    np.testing.assert_array_equal(dx[:, -1], y)
+    assert not dx[:, :-1].any()
 
 
 def test_what_has_the_right_dtype_is_not_copied():
@@ -760,7 +827,7 @@ def test_batch_norm_of_images_is_its_formula_in_float32(seed, mean):
     assert_close(cache["statistics"], exact["statistics"], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("constructor", [nn.layer_norm, nn.batch_norm])
+@pytest.mark.parametrize("constructor", [nn.layer_norm, nn.batch_norm, partial(nn.group_norm, 1)])
 def test_normalization_starts_with_gamma_1_beta_0_and_an_eps_of_a_hundred_thousandth(constructor):
     layer = constructor()
     params, shape = layer.init(0, (2,))
@@ -781,6 +848,21 @@ def test_layer_norm_is_its_formula(data):
         values = x[index]
         expected = (values - values.mean()) / math.sqrt(values.var() + eps)
         np.testing.assert_allclose(y[index], expected * params["gamma"] + params["beta"], rtol=1e-9)
+
+
+@given(data=st.data())
+def test_group_norm_is_its_formula(data):
+    layer, params, x, *_ = data.draw(cases("group_norm", dtypes=[np.float64]))
+    y, _ = layer.forward(params, x)
+    groups, eps = layer.forward.keywords["groups"], layer.forward.keywords["eps"]
+    expected, size = np.zeros_like(x), x.shape[1] // groups
+    for n, group in np.ndindex(len(x), groups):
+        part = slice(group * size, (group + 1) * size)
+        values = x[n, part]
+        expected[n, part] = (values - values.mean()) / math.sqrt(values.var() + eps)
+    per_channel = (-1, *[1] * (x.ndim - 2))
+    gamma, beta = params["gamma"].reshape(per_channel), params["beta"].reshape(per_channel)
+    np.testing.assert_allclose(y, expected * gamma + beta, rtol=1e-9, atol=1e-9)
 
 
 def test_update_statistics_reaches_every_depth_and_leaves_the_rest():
@@ -1152,6 +1234,17 @@ def test_global_avg_pool2d_is_the_mean():
     np.testing.assert_allclose(dx, np.broadcast_to(y[:, :, None, None] / 30, x.shape))
 
 
+@given(data=st.data(), order=st.sampled_from(ORDERS))
+def test_upsample2d_repeats_pixels(data, order):
+    layer, params, x, *_ = data.draw(cases("upsample2d", dtypes=[np.float64]))
+    down, across = layer.forward.keywords["factor"]
+    y, cache = layer.forward(params, in_order(x, order))
+    np.testing.assert_array_equal(y, x.repeat(down, axis=2).repeat(across, axis=3))
+    dy = upstream(y)
+    expected = sum(dy[:, :, i::down, j::across] for i in range(down) for j in range(across))
+    np.testing.assert_allclose(layer.backward(params, cache, dy)[0], expected, atol=1e-12)
+
+
 IMAGE_LAYERS = {
     "conv2d": nn.conv2d(5, 3, padding=1),
     "strided": nn.conv2d(6, 3, stride=2, groups=2),
@@ -1159,6 +1252,8 @@ IMAGE_LAYERS = {
     "max_pool2d": nn.max_pool2d(2),
     "avg_pool2d": nn.avg_pool2d(3, stride=2, padding=1),
     "batch_norm": nn.batch_norm(),
+    "group_norm": nn.group_norm(2),
+    "upsample2d": nn.upsample2d((2, 3)),
     "relu": nn.relu(),
 }
 
@@ -2823,6 +2918,337 @@ def test_images_that_are_not_square_stay_in_the_middle():
 
 
 # ------------------------------------------------------------------------------------------------
+# Exchange with PyTorch, and a summary
+# ------------------------------------------------------------------------------------------------
+
+
+class Exchanged(NamedTuple):
+    """A network, the shape of a sample, the same in PyTorch, and names and shapes of its state."""
+
+    net: Any
+    shape: tuple
+    torch: str  # an expression with t for torch.nn
+    state: dict
+
+
+EXCHANGED = {
+    "linear": Exchanged(
+        nn.linear(3), (5, 4), "t.Linear(4, 3)", {"weight": (3, 4), "bias": (3,)}
+    ),
+    "without bias": Exchanged(
+        nn.linear(3, bias=False), (4,), "t.Linear(4, 3, bias=False)", {"weight": (3, 4)}
+    ),
+    "conv2d": Exchanged(
+        nn.conv2d(6, (5, 2), stride=2, padding=1, dilation=(2, 1), groups=2), (4, 7, 8),
+        "t.Conv2d(4, 6, (5, 2), stride=2, padding=1, dilation=(2, 1), groups=2)",
+        {"weight": (6, 2, 5, 2), "bias": (6,)},
+    ),
+    "batch_norm": Exchanged(
+        nn.batch_norm(), (3, 4, 2), "t.BatchNorm2d(3)",
+        {"weight": (3,), "bias": (3,), "running_mean": (3,), "running_var": (3,),
+         "num_batches_tracked": ()},
+    ),
+    "layer_norm": Exchanged(
+        nn.layer_norm(eps=1e-3), (3, 4), "t.LayerNorm(4, eps=1e-3)",
+        {"weight": (4,), "bias": (4,)},
+    ),
+    "group_norm": Exchanged(
+        nn.group_norm(2, eps=1e-3), (6, 3, 4), "t.GroupNorm(2, 6, eps=1e-3)",
+        {"weight": (6,), "bias": (6,)},
+    ),
+    "group_norm of features": Exchanged(
+        nn.group_norm(3), (6,), "t.GroupNorm(3, 6)", {"weight": (6,), "bias": (6,)}
+    ),
+    "group_norm of sequences": Exchanged(
+        nn.group_norm(3), (6, 5), "t.GroupNorm(3, 6)", {"weight": (6,), "bias": (6,)}
+    ),
+    "upsample2d": Exchanged(
+        nn.upsample2d((2, 3)), (2, 3, 4), "t.Upsample(scale_factor=(2, 3))", {}
+    ),
+    **{
+        f"{layer} as {code}": Exchanged(layer, shape, f"t.{code}", {})
+        for layer, shape, code in [
+            (nn.identity(), (7,), "Identity()"),
+            (nn.flatten(), (2, 3, 4), "Flatten()"),
+            (nn.reshape(4, 3), (2, 6), "Sequential(t.Flatten(), t.Unflatten(1, (4, 3)))"),
+            (nn.relu(), (7,), "ReLU()"),
+            (nn.leaky_relu(0.2), (7,), "LeakyReLU(0.2)"),
+            (nn.elu(1.5), (7,), "ELU(1.5)"),
+            (nn.sigmoid(), (7,), "Sigmoid()"),
+            (nn.tanh(), (7,), "Tanh()"),
+            (nn.softplus(), (7,), "Softplus()"),
+            (nn.gelu(), (7,), "GELU(approximate='tanh')"),
+            (nn.gelu(exact=True), (7,), "GELU()"),
+            (nn.silu(), (7,), "SiLU()"),
+            (nn.softmax(), (3, 4), "Softmax(-1)"),
+            (nn.log_softmax(), (3, 4), "LogSoftmax(-1)"),
+            (nn.dropout(0), (7,), "Dropout(0)"),
+            (nn.max_pool2d(3, stride=2, padding=1), (2, 6, 7), "MaxPool2d(3, 2, 1)"),
+            (nn.avg_pool2d(3, stride=2, padding=1), (2, 6, 7), "AvgPool2d(3, 2, 1)"),
+            (nn.global_avg_pool2d(), (2, 3, 4), "Sequential(t.AdaptiveAvgPool2d(1), t.Flatten())"),
+        ]
+    },
+    "nested": Exchanged(
+        nn.sequential(
+            nn.conv2d(4, 3, bias=False), nn.batch_norm(), nn.relu(),
+            nn.sequential(nn.group_norm(2), nn.upsample2d(2), nn.max_pool2d(2)),
+            nn.flatten(), nn.linear(8), nn.reshape(2, 4), nn.linear(3), nn.flatten(),
+        ),
+        (2, 6, 6),
+        "t.Sequential(t.Conv2d(2, 4, 3, bias=False), t.BatchNorm2d(4), t.ReLU(),"
+        " t.Sequential(t.GroupNorm(2, 4), t.Upsample(scale_factor=2), t.MaxPool2d(2)),"
+        " t.Flatten(), t.Linear(64, 8), t.Unflatten(1, (2, 4)), t.Linear(4, 3), t.Flatten())",
+        {"0.weight": (4, 2, 3, 3), "1.weight": (4,), "1.bias": (4,), "1.running_mean": (4,),
+         "1.running_var": (4,), "1.num_batches_tracked": (), "3.0.weight": (4,), "3.0.bias": (4,),
+         "5.weight": (8, 64), "5.bias": (8,), "7.weight": (3, 4), "7.bias": (3,)},
+    ),
+}  # fmt: skip
+if hasattr(nn, "lstm"):  # branch seq
+    EXCHANGED |= {
+        "embedding": Exchanged(
+            nn.embedding(7, 3), (5,), "t.Embedding(7, 3)", {"weight": (7, 3)}
+        ),
+        **{
+            name: Exchanged(
+                getattr(nn, name)(4), (5, 3), f"First(t.{name.upper()}(3, 4, batch_first=True))",
+                {"weight_ih_l0": (4 * k, 3), "weight_hh_l0": (4 * k, 4),
+                 "bias_ih_l0": (4 * k,), "bias_hh_l0": (4 * k,)},
+            )
+            for name, k in (("rnn", 1), ("gru", 3), ("lstm", 4))
+        },
+        "attention": Exchanged(
+            nn.attention(2), (5, 6), "First(t.MultiheadAttention(6, 2, batch_first=True))",
+            {"in_proj_weight": (18, 6), "in_proj_bias": (18,), "out_proj.weight": (6, 6),
+             "out_proj.bias": (6,)},
+        ),
+    }  # fmt: skip
+if hasattr(nn, "conv2d_transpose"):
+    EXCHANGED |= {
+        "conv1d": Exchanged(
+            nn.conv1d(6, 3, stride=2, padding=1, groups=2), (4, 9),
+            "t.Conv1d(4, 6, 3, stride=2, padding=1, groups=2)",
+            {"weight": (6, 2, 3), "bias": (6,)},
+        ),
+        "conv2d_transpose": Exchanged(
+            nn.conv2d_transpose(6, (3, 2), stride=2, padding=1, groups=2), (4, 5, 4),
+            "t.ConvTranspose2d(4, 6, (3, 2), stride=2, padding=1, groups=2)",
+            {"weight": (4, 3, 3, 2), "bias": (6,)},
+        ),
+    }  # fmt: skip
+if hasattr(nn, "heads"):  # branch comb
+    parts = nn.concatenate(nn.linear(2), b=nn.linear(3))
+    EXCHANGED["combinators"] = Exchanged(
+        nn.sequential(parts=parts, out=nn.heads(x=nn.linear(1), y=nn.tanh())), (4,), "",
+        {"parts.0.weight": (2, 4), "parts.0.bias": (2,), "parts.b.weight": (3, 4),
+         "parts.b.bias": (3,), "out.x.weight": (1, 5), "out.x.bias": (1,)},
+    )  # fmt: skip
+every_exchange = pytest.mark.parametrize("name", EXCHANGED)
+
+
+@every_exchange
+def test_a_state_has_pytorchs_names_shapes_and_kinds_and_comes_back_to_the_bit(name):
+    net, shape, _, names = EXCHANGED[name]
+    params = frozen(with_values(net.init(0, shape)[0], 1))
+    state = nn.to_torch(net, params)
+    assert {name: array.shape for name, array in state.items()} == names
+    assert list(state) == list(names)
+    for entry, array in state.items():
+        assert array.dtype == (np.int64 if entry.endswith("tracked") else np.float32)
+        assert array.flags.c_contiguous
+        assert array.flags.writeable
+    back = nn.from_torch(net, frozen(state))
+    assert all_bytes(back) == all_bytes(params)
+    assert list(nn.tree_flatten(back)) == list(nn.tree_flatten(params))
+    for leaf in leaves(back).values():
+        leaf += 1  # it is nobody else's
+    assert all_bytes(nn.to_torch(net, params)) == all_bytes(state)
+    no_counts = {entry: v for entry, v in state.items() if not entry.endswith("tracked")}
+    assert all_bytes(nn.from_torch(net, no_counts)) == all_bytes(params)
+
+
+@every_exchange
+def test_what_does_not_fit_a_network_is_named(name):
+    net, shape, *_ = EXCHANGED[name]
+    params = net.init(0, shape)[0]
+    state = nn.to_torch(net, params)
+    for tree, function, check in (
+        (state, partial(nn.from_torch, net), "from_torch"),
+        (
+            nn.tree_flatten(params),
+            lambda flat: nn.to_torch(net, nn.tree_unflatten(flat)),
+            "to_torch",
+        ),
+    ):
+        entries = [entry for entry in tree if not entry.endswith("tracked")]
+        for entry in entries:
+            words = re.escape(f"{check}: there is no entry {entry!r} in ")
+            with pytest.raises(ValueError, match=f"^{words}"):
+                function({other: array for other, array in tree.items() if other != entry})
+            for wrong in (None, 1.0, tree[entry].tolist(), tree[entry].astype(np.float16)):
+                with pytest.raises(TypeError, match=f"^{check}: {re.escape(entry)} must be "):
+                    function({**tree, entry: wrong})
+            for wrong in (tree[entry][None], tree[entry][:0]):
+                words = re.escape(f"{check}: {entry} {wrong.shape}")
+                with pytest.raises(ValueError, match=rf"^{words}(:| does not fit) "):
+                    function({**tree, entry: wrong})
+            if check == "from_torch" and (name, entry) != ("conv2d_transpose", "weight"):
+                wrong = np.repeat(tree[entry], 3, axis=0)  # options or other entries forbid it
+                layer = re.escape(re.sub(r"\w+$", "", entry))
+                with pytest.raises(ValueError, match=rf"^from_torch: {layer}\S+:? "):
+                    function({**tree, entry: wrong})
+        words = rf"^{check}: no layer that PyTorch has takes the entries \['x'\]$"
+        with pytest.raises(ValueError, match=words):
+            function({**tree, "x": np.ones(3)})
+
+
+@every_exchange
+@pytest.mark.parametrize("in_training", [False, True])
+def test_pytorch_computes_the_same_with_the_same_state(name, in_training):
+    torch = pytest.importorskip("torch")
+    net, shape, code, names = EXCHANGED[name]
+    if not code:
+        return
+
+    class First(torch.nn.Module):  # of what recurrent layers and attention give
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(*[x] * (3 if "Multihead" in code else 1))[0]
+
+    module = eval(code, {"t": torch.nn, "First": First}).double().train(in_training)
+    own = getattr(module, "layer", module)
+    assert {entry: tuple(v.shape) for entry, v in own.state_dict().items()} == names
+    params = as_dtype(with_values(net.init(0, shape)[0], 1), np.float64)
+    arrays = nn.to_torch(net, params)
+    own.load_state_dict({entry: torch.from_numpy(array) for entry, array in arrays.items()})
+    rng = np.random.default_rng(2)
+    x = rng.integers(0, 7, (4, *shape)) if name == "embedding" else rng.normal(size=(4, *shape))
+    inputs = torch.from_numpy(x.copy()).requires_grad_(x.dtype.kind == "f")
+    given = nn.training(params, 0) if in_training else params
+    y, cache = net.forward(given, x)
+    dy = upstream(y)
+    dx, grads = net.backward(given, cache, dy)
+    output = module(inputs)
+    output.backward(torch.from_numpy(dy))
+    np.testing.assert_allclose(y, output.detach(), rtol=1e-10, atol=1e-12)
+    if dx is not None:
+        np.testing.assert_allclose(dx, inputs.grad, rtol=1e-10, atol=1e-12)
+    flat = nn.tree_flatten(params) | nn.tree_flatten(grads)
+    ours = nn.to_torch(net, nn.tree_unflatten(flat))
+    for entry, parameter in own.named_parameters():
+        if entry == "bias_hh_l0" and name != "gru":
+            entry = "bias_ih_l0"  # their sum is one entry here
+        np.testing.assert_allclose(ours[entry], parameter.grad, rtol=1e-10, atol=1e-11)
+    if in_training:
+        moved = nn.to_torch(net, nn.update_statistics(params, cache))
+        for entry, buffer in own.named_buffers():
+            if not entry.endswith("tracked"):
+                np.testing.assert_allclose(moved[entry], buffer, rtol=1e-10)
+    state = {entry: tensor.numpy() for entry, tensor in own.state_dict().items()}
+    assert nn.tree_flatten(nn.from_torch(net, state)).keys() == nn.tree_flatten(params).keys()
+
+
+def test_names_of_layers_become_paths_with_dots():
+    block = nn.residual(nn.sequential(a=nn.linear(4), b=nn.tanh()), nn.linear(4, bias=False))
+    net = nn.sequential(nn.relu(), block=block, out=nn.linear(2))
+    params, _ = net.init(0, (3,))
+    assert {name: array.shape for name, array in nn.to_torch(net, params).items()} == {
+        "block.branch.a.weight": (4, 3),
+        "block.branch.a.bias": (4,),
+        "block.shortcut.weight": (4, 3),
+        "out.weight": (2, 4),
+        "out.bias": (2,),
+    }
+    np.testing.assert_array_equal(
+        nn.to_torch(net, params)["block.shortcut.weight"], params["block"]["shortcut"]["W"].T
+    )
+
+
+class Doubled:
+    """A user's own layer, without params."""
+
+    def init(self, key, shape):
+        return {}, shape
+
+    def forward(self, params, x):
+        return 2 * x, None
+
+    def backward(self, params, cache, dy):
+        return 2 * dy, {}
+
+
+def test_a_layer_that_pytorch_lacks_is_refused_by_name_if_it_has_params():
+    own = nn.Layer(nn.linear(3).init, lambda params, x: (x, x), nn.linear_backward)
+    net = nn.sequential(Doubled(), block=nn.sequential(own))
+    params, _ = net.init(0, (3,))
+    words = "no layer that PyTorch has takes the entries "
+    with pytest.raises(ValueError, match=re.escape(f"{words}['block/0/W', 'block/0/b']")):
+        nn.to_torch(net, params)
+    with pytest.raises(ValueError, match=re.escape(f"{words}['block.0.weight']")):
+        nn.from_torch(net, {"block.0.weight": np.ones((3, 3))})
+    doubled = nn.sequential(Doubled(), nn.linear(3))
+    params, _ = doubled.init(0, (3,))
+    state = nn.to_torch(doubled, params)
+    assert list(state) == ["1.weight", "1.bias"]
+    assert all_bytes(nn.from_torch(doubled, state)) == all_bytes(params)
+    if hasattr(nn, "lstm"):  # branch seq
+        for layer in (nn.lstm(3, reverse=True), nn.position_embedding()):
+            words = re.escape(f"1: PyTorch has no {layer!r}")
+            net = nn.sequential(nn.linear(4), layer)
+            params, _ = net.init(0, (5, 2))
+            with pytest.raises(ValueError, match=f"^to_torch: {words}$"):
+                nn.to_torch(net, params)
+            with pytest.raises(ValueError, match=f"^from_torch: {words}$"):
+                nn.from_torch(net, {"0.weight": np.ones((4, 2)), "0.bias": np.ones(4)})
+
+
+def test_the_summary_has_a_line_for_each_layer_and_the_total():
+    block = nn.sequential(nn.conv2d(4, 3, padding=1), nn.batch_norm(), Doubled())
+    net = nn.sequential(
+        nn.conv2d(4, 3), block=nn.residual(block), flat=nn.flatten(), out=nn.linear(300)
+    )
+    text = nn.summary(net, (1, 5, 5))
+    assert text.splitlines() == [
+        "0               conv2d      (4, 3, 3)      40",
+        "block/branch/0  conv2d      (4, 3, 3)     148",
+        "block/branch/1  batch_norm  (4, 3, 3)      16",
+        "block/branch/2  Doubled     (4, 3, 3)       0",
+        "block/shortcut  identity    (4, 3, 3)       0",
+        "flat            flatten     (36,)           0",
+        "out             linear      (300,)     11,100",
+        "total                                  11,304",
+    ]
+    assert nn.summary(net, (1, 5, 5)) == text
+    assert nn.count_parameters(net.init(0, (1, 5, 5))[0]) == 11304
+    one = ["       linear  (3,)  15", "total                15"]
+    assert nn.summary(nn.linear(3), (4,)).splitlines() == one
+    for shape, words in (
+        ((5, 5), "0: conv2d: shape must be"),
+        (5, "conv2d: shape must be a tuple"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=words):
+            nn.summary(net, shape)
+    with pytest.raises(TypeError, match="^summary: net must be a layer, but 3 has no init$"):
+        nn.summary(3, (1,))
+
+
+@pytest.mark.skipif(not hasattr(nn, "heads"), reason="branch comb")
+def test_the_summary_takes_a_dict_of_shapes():
+    parts = nn.concatenate(image=nn.sequential(nn.conv2d(4, 3), nn.flatten()), more=nn.linear(3))
+    net = nn.sequential(parts=parts, out=nn.heads(kind=nn.linear(2), size=nn.linear(1)))
+    assert nn.summary(net, {"more": (5,), "image": (1, 6, 6)}).splitlines() == [
+        "parts/image/0  conv2d   (4, 4, 4)   40",
+        "parts/image/1  flatten  (64,)        0",
+        "parts/more     linear   (3,)        18",
+        "out/kind       linear   (2,)       136",
+        "out/size       linear   (1,)        68",
+        "total                              262",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------
 # Huge, subnormal and odd values: right, or inf where they are too large; never a warning
 # ------------------------------------------------------------------------------------------------
 
@@ -3419,6 +3845,21 @@ PARAMETERS = {  # parameter, or function.parameter: (a right value, rows of wron
     "images": (np.ones((2, 2, 5, 5)), no_images),
     **dict.fromkeys(("shift", "elastic"), (0.1, number(r">= 0 and <= 1e\+09", -1.0, math.inf))),
     "rotation": (0.1, number(">= 0 and <= 180", -1.0, 181)),
+    "*shape": ((3, 4), [
+        *type_error("every size in shape must be a whole number, got", (1.5,), ((3, 4),), ("a",)),
+        *value_error("every size in shape must be at least 1, got", (0,), (3, -1)),
+    ]),
+    "*axes": ((1, 0), [
+        *type_error("every axis must be a whole number, got", (1.5,), ((1, 0),), (None,)),
+        *value_error("every axis must be at least 0, got", (-1,), (0, -1)),
+        *value_error(r"axes must be 0, 1, \.\.\. in some order, got", (1,), (0, 0), (0, 2)),
+    ]),
+    "group_norm.groups": (2, whole(1)),
+    "upsample2d.factor": (2, pair_of(1)),
+    "exact": (True, NO_BOOLS),
+    "to_torch.params": (NET.init(0, (3,))[0], dicts),
+    "from_torch.state": (nn.to_torch(NET, NET.init(0, (3,))[0]), dicts),
+    "summary.shape": ((3,), [(bad, kind, f"^linear: {words}") for bad, kind, words in NO_SHAPES]),
     "path": ("a.npz", NO_PATHS),
     "ratio": (1, number(">= 1", 0.5, math.inf)),
 }  # fmt: skip
@@ -3486,6 +3927,7 @@ def called(function, arguments):
 
 DEFAULTS = {
     "leaky_relu": [0.01], "elu": [1.0], "batch_norm": [1e-5], "layer_norm": [1e-5],
+    "group_norm": [1e-5], "gelu": [False],
     "linear": [nn.he_normal, True], "conv2d": [1, 0, 1, 1, nn.he_normal, True],
     "conv1d": [1, 0, 1, 1, nn.he_normal, True],
     "conv2d_transpose": [1, 0, 0, 1, 1, nn.he_normal, True],
@@ -3544,6 +3986,7 @@ def test_every_row_about_a_parameter_is_used():
 
 def test_only_the_first_obvious_options_of_layers_are_positional():
     by_position = {"out", "kernel", "size", "slope", "alpha", "rate", "branch", "shortcut"}
+    by_position |= {"groups", "factor"}
     for name in LAYERS:
         for parameter in inspect.signature(getattr(nn, name)).parameters.values():
             if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
@@ -3553,6 +3996,8 @@ def test_only_the_first_obvious_options_of_layers_are_positional():
         lambda: nn.linear(3, nn.zeros),
         lambda: nn.batch_norm(16),
         lambda: nn.layer_norm(1e-5),
+        lambda: nn.group_norm(2, 6),
+        lambda: nn.gelu(True),
         lambda: nn.max_pool2d(2, 2),
         lambda: nn.avg_pool2d(2, 2),
     ):
@@ -3689,7 +4134,7 @@ def test_every_argument_of_a_layer_is_refused_if_it_is_wrong(name, data):
 
 # --- misuse: what does not fit together, and what is said of it ---
 
-LINEAR, CONV = nn.linear(9), nn.conv2d(4, 3, groups=2)
+LINEAR, THREE, CONV = nn.linear(9), nn.linear(3), nn.conv2d(4, 3, groups=2)
 CONV1D, TRANSPOSE = nn.conv1d(4, 3, groups=2), nn.conv2d_transpose(4, 3, groups=2)
 FEATURES = {"gamma": (3,), "beta": (3,)}
 CHANNELS = {**FEATURES, "mean": (3,), "var": (3,)}
@@ -3709,12 +4154,16 @@ DOES_NOT_FIT: list = [  # (layer, shape of x, shapes of its params, what is said
     (nn.softmax(), (4,), {}, "x must be (N, ..., classes), got shape (4,)"),
     (nn.log_softmax(), (2, 3, 0), {}, "x must be (N, ..., classes), got shape (2, 3, 0)" + EMPTY),
     (nn.layer_norm(), (4,), FEATURES, "x must be (N, ..., in), got shape (4,)"),
+    (nn.group_norm(2), (2, 3), FEATURES, "2 groups do not divide the 3 channels of x"),
+    (nn.reshape(5, 2), (2, 11), {}, "a sample of shape (11,) does not fit in (5, 2)"),
+    (nn.permute(1, 0), (2, 3), {}, "a sample of shape (3,) does not have axes (1, 0)"),
     (nn.layer_norm(), (2, 3, 0), FEATURES, "x must be (N, ..., in), got shape (2, 3, 0)" + EMPTY),
     *(
         (layer, (2, 3), {**entries, name: (size,)}, f"x has 3 {what}, but {name} takes {size}")
         for layer, entries, what in [
             (nn.layer_norm(), FEATURES, "features"),
             (nn.batch_norm(), CHANNELS, "channels"),
+            (nn.group_norm(1), FEATURES, "channels"),
         ]
         for name in entries
         for size in (1, 2, 4)
@@ -3747,6 +4196,7 @@ DOES_NOT_FIT: list = [  # (layer, shape of x, shapes of its params, what is said
             (nn.max_pool2d(2), {}),
             (nn.avg_pool2d(2), {}),
             (nn.global_avg_pool2d(), {}),
+            (nn.upsample2d(2), {}),
         ]
         for shape, hint in [
             ((2, 5, 5), "; a single image needs x[None], gray images need x[:, None]"),
@@ -3784,6 +4234,11 @@ NOT_A_SHAPE_OF_IT = [  # (layer, shape that init refuses, what is said after the
     (TRANSPOSE, (3, 5, 5), "2 groups do not divide the 3 channels of x"),
     (nn.conv2d_transpose(1, 3, padding=2), (1, 2, 3), "y would have 0 x 1 pixels"),
     (nn.conv2d(3, 3, groups=3), (4, 6, 7), "3 groups do not divide the 4 channels of x"),
+    (nn.group_norm(3), (4, 6, 7), "3 groups do not divide the 4 channels of x"),
+    (nn.group_norm(3), (), "shape must be (C, ...), got ()"),
+    (nn.reshape(5, 2), (3, 4), "a sample of shape (3, 4) does not fit in (5, 2)"),
+    (nn.permute(1, 0), (3,), "a sample of shape (3,) does not have axes (1, 0)"),
+    (nn.last(), (), "shape must be (T, ...), got ()"),
     (nn.conv2d(3, 9, padding=1), (4, 6, 7),
      "the window covers 9 x 9 pixels, but the padded image has 8 x 9"),
     (nn.conv2d(3, 3, dilation=(3, 1)), (4, 6, 7),
@@ -3806,7 +4261,8 @@ SENTENCES: list = [  # (call, exception, what is said)
       for pool in (nn.max_pool2d, nn.avg_pool2d)),
     *((partial(layer.init, 0, (5, 5)), ValueError, f"{name}: shape must be (C, H, W), got (5, 5)")
       for name, layer in {"max_pool2d": nn.max_pool2d(2), "avg_pool2d": nn.avg_pool2d(2),
-                          "global_avg_pool2d": nn.global_avg_pool2d()}.items()),
+                          "global_avg_pool2d": nn.global_avg_pool2d(),
+                          "upsample2d": nn.upsample2d(2)}.items()),
     (lambda: nn.sgd(0.1).step(nn.training({}, 0), {}, nn.sgd(0.1).init({})), ValueError,
      "sgd: params hold a key; pass the plain params, not training(...)"),
     (lambda: nn.save("x.npz", nn.training({}, 0)), ValueError,
@@ -3847,6 +4303,39 @@ SENTENCES: list = [  # (call, exception, what is said)
     *((partial(layer.backward, {}, {}, Z), ValueError,
        f"{name_of(layer.forward)}: the cache is not its own, it holds []") for layer in
       (nn.dropout(0.5), nn.batch_norm(), nn.layer_norm(), nn.max_pool2d(1))),
+    *((partial(nn.from_torch, layer, {name: np.ones(shape) for name, shape in state.items()}),
+       ValueError, f"from_torch: {words}") for layer, state, words in [
+          (THREE, {"weight": (4, 5), "bias": (3,)}, "weight (4, 5) does not fit linear(3)"),
+          (THREE, {"weight": (3, 5), "bias": (4,)}, "bias (4,) does not fit linear(3)"),
+          (THREE, {"weight": (3,)}, "weight (3,) does not fit linear(3)"),
+          (THREE, {"weight": ()}, "weight () does not fit linear(3)"),
+          (THREE, {"weight": (3, 0)},
+           "weight (3, 0): linear: every size in shape must be at least 1, got 0"),
+          (THREE, {"weight": (3, 5), "b": ()}, "there is no entry 'bias' in ['b', 'weight']"),
+          (nn.linear(3, bias=False), {"weight": (3, 5), "bias": (3,)},
+           "no layer that PyTorch has takes the entries ['bias']"),
+          (nn.conv2d(4, 3), {"weight": (4, 2, 5, 5)},
+           "weight (4, 2, 5, 5) does not fit conv2d(4, 3)"),
+          (nn.conv2d(4, 3, groups=2), {"weight": (4,)},
+           "weight (4,) does not fit conv2d(4, 3, groups=2)"),
+          (nn.group_norm(4), {"weight": (6,), "bias": (6,)},
+           "weight (6,): group_norm: 4 groups do not divide the 6 channels of x"),
+          (nn.sequential(nn.relu()), {"0.weight": ()},
+           "no layer that PyTorch has takes the entries ['0.weight']"),
+      ]),
+    (lambda: UNTYPED.from_torch(THREE, {"weight": [1.0]}), TypeError,
+     "from_torch: weight must be a NumPy array, got list"),
+    (lambda: UNTYPED.from_torch(nn.relu(), {1: Z}), ValueError,
+     "from_torch: no layer that PyTorch has takes the entries ['1']"),
+    *((partial(nn.to_torch, THREE, {name: np.ones(shape) for name, shape in params.items()}),
+       ValueError, f"to_torch: {words}") for params, words in [
+          ({"W": (2, 3), "b": (2,)}, "b (2,) does not fit linear(3)"),
+          ({"W": (2, 4), "b": (3,)}, "W (2, 4) does not fit linear(3)"),
+          ({"W": (2, 3)}, "there is no entry 'b' in ['W']"),
+          ({"W": (2, 3), "b": (3,), "c": ()}, "no layer that PyTorch has takes the entries ['c']"),
+          ({"W": (2, 3), "b": (3,), "key": ()},
+           "no layer that PyTorch has takes the entries ['key']"),
+      ]),
 ]  # fmt: skip
 
 
