@@ -1248,17 +1248,20 @@ def _parts(cache: Any) -> Tree:
     return cache if isinstance(cache, dict) else {}
 
 
-def _statistics(params: Any, cache: Any, path: str = "") -> Iterator[tuple[str, Any, bool]]:
+def _statistics(
+    params: Any, cache: Any, path: str = "", lost: bool = False
+) -> Iterator[tuple[str, Any, bool]]:
     """(path in params, value in this batch, whether in training mode) of all running statistics."""
     parts = _parts(cache)
     for name, part in parts.items():
         if name == "statistics" and isinstance(part, dict):
             for own, value in part.items():
-                yield path + own, value, bool(np.any(parts.get("count", True)))
+                if lost or own in params:  # a layer may list what is none of its params
+                    yield path + own, value, bool(np.any(parts.get("count", True)))
         elif isinstance(params.get(name), dict):
             yield from _statistics(params[name], part, f"{path}{name}/")
         else:  # a tuple, perhaps, of a child that has the same params
-            yield from _statistics(params, part, path)
+            yield from _statistics(params, part, path, lost=True)
 
 
 def _replace(tree: Tree, path: str, leaf: Any) -> Tree:
