@@ -32,7 +32,8 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, partial, reduce, wraps
+from operator import itemgetter
 from typing import IO, Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
@@ -49,6 +50,7 @@ __all__ = [
     "tanh", "softplus", "gelu", "silu", "softmax", "log_softmax", "dropout", "batch_norm",
     "update_statistics", "layer_norm", "group_norm", "conv1d", "conv2d", "conv2d_transpose",
     "max_pool2d", "avg_pool2d", "global_avg_pool2d", "upsample2d", "sequential", "residual",
+    "concatenate", "heads",
     "softmax_cross_entropy", "cross_entropy", "hinge", "binary_cross_entropy", "mean_squared_error",
     "mean_absolute_error", "huber", "l2_penalty", "Optimizer", "sgd", "adam", "adamw", "rmsprop",
     "adagrad", "adadelta", "step_decay", "multistep", "exponential", "cosine", "cyclic",
@@ -60,8 +62,11 @@ __all__ = [
 
 Array = NDArray[Any]
 Tree = dict[str, Any]  # nested dicts whose leaves are arrays
+Data = Any  # an array, or a tree of arrays with a common batch axis
 Key = int | Sequence[int] | Array
 Shape = tuple[int, ...]
+Shapes = Any  # the shape of one sample, or a tree of shapes
+Weights = Array | None
 Path = str | os.PathLike[str]
 
 
@@ -405,7 +410,7 @@ def fold_key(key: Key, index: int) -> Array:
 def training(params: Tree, key: Key) -> Tree:
     """params plus the entry "key": a network given these runs in training mode.
 
-    `sequential` and `residual` hand each child a key of its own; `dropout` draws its mask from
+    Combinators hand each child a key of its own; `dropout` draws its mask from
     it, and `batch_norm` takes the statistics of the batch. Params without a key mean inference.
     """
     _check_dict("training", "params", params)
@@ -511,9 +516,9 @@ def orthogonal(key: Key, shape: Shape) -> Array:
 # ------------------------------------------------------------------------------------------------
 
 
-Init = Callable[[Key, Shape], tuple[Tree, Shape]]
-Forward = Callable[[Tree, Array], tuple[Array, Any]]
-Backward = Callable[[Tree, Any, Array], tuple[Any, Tree]]
+Init = Callable[[Key, Shapes], tuple[Tree, Shapes]]
+Forward = Callable[[Tree, Data], tuple[Data, Any]]
+Backward = Callable[[Tree, Any, Data], tuple[Data, Tree]]
 
 
 class Differentiable(Protocol):
@@ -1265,7 +1270,8 @@ def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tr
 
     With params["key"], mean and var (biased) are those of the batch over all axes but C; without
     one they are params["mean"] and params["var"]. The cache holds under "statistics" the
-    values towards which `update_statistics` moves params["mean"] and params["var"].
+    values towards which `update_statistics` moves params["mean"] and params["var"], and as "count"
+    of how many values they are, 0 without a key.
     """
     mean, var = params["mean"], params["var"]
     if "key" in params:
@@ -1279,7 +1285,7 @@ def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tr
         cache = {"statistics": statistics, "count": np.array(count)}
     else:
         centered = x - _per_channel(mean, x)
-        cache = {"statistics": {"mean": mean, "var": var}}
+        cache = {"statistics": {"mean": mean, "var": var}, "count": np.array(0)}
     inverse_std = 1 / np.sqrt(var + eps)
     if x.dtype == np.float32 and not math.isfinite(var @ inverse_std):  # sums that overflowed
         y, cache = batch_norm_forward(params, x.astype(np.float64), eps=eps)
@@ -1301,8 +1307,7 @@ def batch_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tr
     dgamma = _channel_sums(dy, centered) * inverse_std
     scale = params["gamma"] * inverse_std
     dx: Array = dy * _per_channel(scale, dy)
-    if "count" in cache:
-        count = int(cache["count"])
+    if count := int(cache.get("count", 0)):
         dx -= centered * _per_channel(scale * inverse_std * dgamma / count, dy)
         dx -= _per_channel(scale * dbeta / count, dy)
     return dx, {"gamma": dgamma, "beta": dbeta}
@@ -1319,32 +1324,32 @@ def batch_norm(*, eps: float = 1e-5) -> Layer:
     return Layer(batch_norm_init, partial(batch_norm_forward, eps=eps), batch_norm_backward)
 
 
-def _statistics(params: Any, cache: Any) -> Tree:
-    """The entries of params that are running statistics, with their values in this batch."""
-    found = cache.get("statistics") if isinstance(cache, dict) else None
-    if not isinstance(found, dict) or not isinstance(params, dict):
-        return {}
-    return {
-        name: value
-        for name, value in found.items()
-        if name in params and not isinstance(params[name], dict)
-    }
+def _parts(cache: Any) -> Tree:
+    """The parts of a cache by name; those of a tuple or list have names that no params have."""
+    if isinstance(cache, (tuple, list)):
+        return {f"[{position}]": part for position, part in enumerate(cache)}
+    return cache if isinstance(cache, dict) else {}
 
 
-def _move_statistics(params: Tree, cache: Any, momentum: float) -> Tree:
-    if not isinstance(params, dict) or not isinstance(cache, dict):
-        return params
-    moved: Tree = {
-        name: _move_statistics(value, cache.get(name), momentum) for name, value in params.items()
-    }
-    for name, batch in _statistics(params, cache).items():
-        running = params[name]
-        _check_array("update_statistics", name, running)
-        _check_numbers("update_statistics", name, batch)
-        if batch.shape != running.shape:
-            raise ValueError(f"update_statistics: {name} is {_kind(running)}, got {_kind(batch)}")
-        moved[name] = np.asarray(running + momentum * (batch - running), running.dtype)
-    return moved
+def _statistics(
+    params: Any, cache: Any, path: str = "", lost: bool = False
+) -> Iterator[tuple[str, Any, bool]]:
+    """(path in params, value in this batch, whether in training mode) of all running statistics."""
+    parts = _parts(cache)
+    for name, part in parts.items():
+        if name == "statistics" and isinstance(part, dict):
+            for own, value in part.items():
+                if lost or own in params:  # a layer may list what is none of its params
+                    yield path + own, value, bool(np.any(parts.get("count", True)))
+        elif isinstance(params.get(name), dict):
+            yield from _statistics(params[name], part, f"{path}{name}/")
+        else:  # a tuple, perhaps, of a child that has the same params
+            yield from _statistics(params, part, path, lost=True)
+
+
+def _replace(tree: Tree, path: str, leaf: Any) -> Tree:
+    name, _, rest = path.partition("/")
+    return {**tree, name: _replace(tree[name], rest, leaf) if rest else leaf}
 
 
 @_quiet
@@ -1353,16 +1358,31 @@ def update_statistics(params: Tree, cache: Any, momentum: float = 0.1) -> Tree:
 
     `cache` is that of the forward pass in training mode. Any layer may take part: what its cache
     holds under "statistics" are the batch's values for the params of the same names, which are
-    not trained. The variance is the unbiased one, as PyTorch keeps it. ValueError for a momentum
-    outside [0, 1], TypeError for a cache that is neither a dict nor an array.
+    not trained. The variance is the unbiased one, as PyTorch keeps it. A combinator of your own
+    keeps the cache of each child under the name of the child's params.
+    ValueError for a momentum outside [0, 1], statistics that params lack, and where nothing was in
+    training mode: a "count" of 0 beside all statistics. TypeError for what is no cache.
     """
-    momentum = _number("update_statistics", "momentum", momentum, minimum=0, maximum=1)
-    _check_dict("update_statistics", "params", params)
-    if not isinstance(cache, (dict, np.ndarray)):  # an array is the whole cache of, say, linear
-        raise TypeError(
-            f"update_statistics: cache must be the one that forward returned, got {_kind(cache)}"
-        )
-    return _move_statistics(params, cache, momentum)
+    where = "update_statistics"
+    momentum = _number(where, "momentum", momentum, minimum=0, maximum=1)
+    flat = _flatten(where, "params", params)
+    if not isinstance(cache, (dict, np.ndarray, tuple, list)):
+        raise TypeError(f"{where}: cache must be the one that forward returned, got {_kind(cache)}")
+    found = list(_statistics(params, cache))
+    if found and not any(in_training for *_, in_training in found):
+        raise ValueError(f"{where}: nothing was in training mode, see `training`")
+    for path, batch, in_training in found:
+        if path not in flat:
+            raise ValueError(f"{where}: the cache has statistics of {path!r}, which params lack")
+        if in_training:
+            running, name = flat[path], path.split("/")[-1]
+            _check_array(where, name, running)
+            _check_numbers(where, name, batch)
+            if batch.shape != running.shape:
+                raise ValueError(f"{where}: {name} is {_kind(running)}, got {_kind(batch)}")
+            flat[path] = np.asarray(running + momentum * (batch - running), running.dtype)
+            params = _replace(params, path, flat[path])
+    return params
 
 
 _LAYER_NORM = _Form("N ... in", gamma="in", beta="in")
@@ -2245,6 +2265,9 @@ def upsample2d(factor: int | Pair) -> Layer:
 # ------------------------------------------------------------------------------------------------
 
 
+_Layers = dict[str, LayerLike]
+
+
 def _check_layer(
     where: str, name: str, layer: Any, functions: Sequence[str] = Layer._fields
 ) -> None:
@@ -2253,6 +2276,26 @@ def _check_layer(
             raise TypeError(
                 f"{where}: {name} must be a layer, but {_kind(layer)} has no {function}"
             )
+
+
+def _named(where: str, layers: Sequence[LayerLike], named_layers: _Layers) -> _Layers:
+    """{name: layer}; those without a name are called by their position."""
+    children = {str(position): layer for position, layer in enumerate(layers)}
+    for name, layer in named_layers.items():
+        if name in children or name in ("", "key", "statistics") or "/" in name:
+            raise ValueError(f"{where}: a layer cannot be called {name!r}")
+        children[name] = layer
+    if not children and where != "sequential":
+        raise ValueError(f"{where}: expected at least one layer")
+    for name, layer in children.items():
+        _check_layer(where, name, layer)
+    return children
+
+
+def _combinator(*functions: Callable[..., Any], **options: Any) -> Layer:
+    """A layer whose functions take these options, its children among them."""
+    init, forward, backward = (partial(function, **options) for function in functions)
+    return Layer(init, forward, backward)
 
 
 _RETURNS = {"init": "(params, shape)", "forward": "(y, cache)", "backward": "(dx, grads)"}
@@ -2277,10 +2320,10 @@ def _call_child(
         raise type(error)(f"{name}: {error}") from error
 
 
-def _children(where: str, params: Tree, layers: dict[str, LayerLike]) -> Tree:
+def _children(where: str, params: Tree, layers: _Layers) -> Tree:
     """{name: params} of the children; while training, with a key each, folded from the parent's."""
     if isinstance(params, dict) and params.keys() <= layers.keys():
-        return params
+        return {name: params.get(name, {}) for name in layers}
     _check_names(where, params, layers)
     parent = _key_array(params["key"])
     keys = np.empty((len(layers), len(parent) + 1), np.uint32)
@@ -2293,12 +2336,12 @@ def _children(where: str, params: Tree, layers: dict[str, LayerLike]) -> Tree:
     return children
 
 
-def _check_cache(where: str, cache: Any, layers: dict[str, LayerLike]) -> None:
-    if not isinstance(cache, dict) or cache.keys() != layers.keys():
-        raise ValueError(f"{where}: cache has {_names(cache)}, expected {sorted(layers)}")
+def _check_entries(where: str, what: str, tree: Any, names: Iterable[str]) -> None:
+    if not isinstance(tree, dict) or tree.keys() != set(names):
+        raise ValueError(f"{where}: {what} has {_names(tree)}, expected {sorted(names)}")
 
 
-def _without_dx(backward: Any, params: Tree, cache: Any, dy: Array) -> tuple[Any, Tree]:
+def _without_dx(backward: Any, params: Tree, cache: Any, dy: Data) -> tuple[Any, Tree]:
     """(dx or None, grads): `backward` is told need_dx=False if it takes that, see `Layer`."""
     try:
         return backward(params, cache, dy, need_dx=False)
@@ -2308,7 +2351,7 @@ def _without_dx(backward: Any, params: Tree, cache: Any, dy: Array) -> tuple[Any
     return backward(params, cache, dy)
 
 
-def sequential_init(key: Key, shape: Shape, *, layers: dict[str, LayerLike]) -> tuple[Tree, Shape]:
+def sequential_init(key: Key, shape: Shapes, *, layers: _Layers) -> tuple[Tree, Shapes]:
     """{name: params} of the layers that have any, each from its own key, and the last shape."""
     params: Tree = {}
     for index, (name, layer) in enumerate(layers.items()):
@@ -2319,29 +2362,22 @@ def sequential_init(key: Key, shape: Shape, *, layers: dict[str, LayerLike]) -> 
 
 
 @_quiet
-def sequential_forward(
-    params: Tree, x: Array, *, layers: dict[str, LayerLike]
-) -> tuple[Array, Tree]:
+def sequential_forward(params: Tree, x: Data, *, layers: _Layers) -> tuple[Data, Tree]:
     """x through every layer in turn; the cache is {name: cache}."""
     children = _children("sequential", params, layers)
     cache = {}
     for name, layer in layers.items():
-        x, cache[name] = _call_child(name, "forward", layer.forward, children.get(name, {}), x)
+        x, cache[name] = _call_child(name, "forward", layer.forward, children[name], x)
     return x, cache
 
 
 @_quiet
 def sequential_backward(
-    params: Tree,
-    cache: Tree,
-    dy: Array,
-    *,
-    need_dx: bool = True,
-    layers: dict[str, LayerLike],
-) -> tuple[Array | None, Tree]:
+    params: Tree, cache: Tree, dy: Data, *, need_dx: bool = True, layers: _Layers
+) -> tuple[Data, Tree]:
     """dy through every layer in reverse; grads are {name: grads} of the layers that have any."""
     _check_names("sequential", params, layers)
-    _check_cache("sequential", cache, layers)
+    _check_entries("sequential", "cache", cache, layers)
     names = list(layers)
     while not need_dx and names and names[0] not in params:
         del names[0]  # before the first params there is nothing to compute but dx
@@ -2364,77 +2400,181 @@ def sequential(*layers: LayerLike, **named_layers: LayerLike) -> Layer:
     `sequential(hidden=linear(256), act=relu(), out=linear(10))`. ValueError for the names "key" and
     "statistics", an empty one or one with "/" in it; TypeError for what is not a layer.
     """
-    children = {str(position): layer for position, layer in enumerate(layers)}
-    for name, layer in named_layers.items():
-        if name in children or name in ("", "key", "statistics") or "/" in name:
-            raise ValueError(f"sequential: a layer cannot be called {name!r}")
-        children[name] = layer
-    for name, layer in children.items():
-        _check_layer("sequential", name, layer)
-    return Layer(
-        partial(sequential_init, layers=children),
-        partial(sequential_forward, layers=children),
-        partial(sequential_backward, layers=children),
-    )
+    named = _named("sequential", layers, named_layers)
+    return _combinator(sequential_init, sequential_forward, sequential_backward, layers=named)
 
 
-def _check_same(branch: Shape, shortcut: Shape) -> None:
+# --- branches side by side: `heads` keeps their outputs apart, the others join them ---
+
+
+def _init_each(where: str, key: Key, shapes: Tree, layers: _Layers) -> tuple[Tree, Tree]:
+    """{name: params} of the branches that have any, and {name: output shape}."""
+    _check_entries(where, "shape", shapes, layers)
+    params, out = {}, {}
+    for index, (name, layer) in enumerate(layers.items()):
+        own, out[name] = _call_child(name, "init", layer.init, fold_key(key, index), shapes[name])
+        if own:
+            params[name] = own
+    return params, out
+
+
+def _forward_each(where: str, params: Tree, x: Tree, layers: _Layers) -> tuple[Tree, Tree]:
+    """{name: y} and {name: cache} of branches that take {name: x}."""
+    _check_entries(where, "x", x, layers)
+    children, y, cache = _children(where, params, layers), {}, {}
+    for name, layer in layers.items():
+        y[name], cache[name] = _call_child(name, "forward", layer.forward, children[name], x[name])
+    return y, cache
+
+
+def _backward_each(
+    where: str, params: Tree, cache: Tree, dy: Tree, need_dx: bool, layers: _Layers
+) -> tuple[Tree, Tree]:
+    """{name: dx} and {name: grads}; no dx at all if it is not needed."""
+    _check_names(where, params, layers)
+    _check_entries(where, "cache", cache, layers)
+    _check_entries(where, "dy", dy, layers)
+    dx, grads = {}, {}
+    for name, layer in layers.items():
+        backward = layer.backward if need_dx else partial(_without_dx, layer.backward)
+        arguments = params.get(name, {}), cache[name], dy[name]
+        dx[name], own = _call_child(name, "backward", backward, *arguments)
+        if own:
+            grads[name] = own
+    return (dx if need_dx else {}), grads
+
+
+def _sum(one: Data, other: Data) -> Data:
+    """The sum of two dx of the same x; None, the dx of whole numbers, counts as zero."""
+    if one is None or other is None:
+        return other if one is None else one
+    if isinstance(one, dict):
+        return {name: _sum(one.get(name), other.get(name)) for name in one | other}
+    return one + other
+
+
+def heads_init(key: Key, shape: Shapes, *, layers: _Layers) -> tuple[Tree, Tree]:
+    """{name: params} of the heads that have any, and {name: output shape}."""
+    return _init_each("heads", key, dict.fromkeys(layers, shape), layers)
+
+
+@_quiet
+def heads_forward(params: Tree, x: Data, *, layers: _Layers) -> tuple[Tree, Tree]:
+    """y = {name: y of the head}, all of the same x; the cache is {name: cache}."""
+    return _forward_each("heads", params, dict.fromkeys(layers, x), layers)
+
+
+@_quiet
+def heads_backward(
+    params: Tree, cache: Tree, dy: Tree, *, need_dx: bool = True, layers: _Layers
+) -> tuple[Data, Tree]:
+    """dx = the sum of the dx of all heads, for dy = {name: dy}."""
+    dx, grads = _backward_each("heads", params, cache, dy, need_dx, layers)
+    return reduce(_sum, dx.values(), None), grads
+
+
+@_constructor
+def heads(**named: LayerLike) -> Layer:
+    """Several outputs of one input: y = {name: y}, and dy is a dict of the same names.
+
+    `sequential(body, heads(digit=linear(10), angle=linear(1)))`. Its loss is a function of your
+    own that takes such dicts: (prediction, target) -> (loss, {name: dprediction}).
+    """
+    return _combinator(heads_init, heads_forward, heads_backward, layers=_named("heads", (), named))
+
+
+def _check_same(branch: Shapes, shortcut: Shapes) -> None:
     if branch != shortcut:
         raise ValueError(f"residual: the branch gives {branch}, but the shortcut {shortcut}")
 
 
-def residual_init(key: Key, shape: Shape, *, layers: dict[str, LayerLike]) -> tuple[Tree, Shape]:
+def residual_init(key: Key, shape: Shapes, *, layers: _Layers) -> tuple[Tree, Shapes]:
     """{"branch": params, "shortcut": params}, without the one that has none."""
-    params, shapes = {}, {}
-    for index, (name, layer) in enumerate(layers.items()):
-        own, shapes[name] = _call_child(name, "init", layer.init, fold_key(key, index), shape)
-        if own:
-            params[name] = own
-    _check_same(*shapes.values())
+    params, shapes = _init_each("residual", key, dict.fromkeys(layers, shape), layers)
+    _check_same(**shapes)
     return params, shapes["branch"]
 
 
 @_quiet
-def residual_forward(params: Tree, x: Array, *, layers: dict[str, LayerLike]) -> tuple[Array, Tree]:
+def residual_forward(params: Tree, x: Data, *, layers: _Layers) -> tuple[Data, Tree]:
     """y = branch(x) + shortcut(x)."""
-    children = _children("residual", params, layers)
-    y, cache = {}, {}
-    for name, layer in layers.items():
-        y[name], cache[name] = _call_child(
-            name, "forward", layer.forward, children.get(name, {}), x
-        )
-    _check_same(y["branch"].shape, y["shortcut"].shape)
-    return y["branch"] + y["shortcut"], cache
+    y, cache = _forward_each("residual", params, dict.fromkeys(layers, x), layers)
+    _check_same(**tree_map(np.shape, y))
+    return _sum(y["branch"], y["shortcut"]), cache
 
 
 @_quiet
 def residual_backward(
-    params: Tree, cache: Tree, dy: Array, *, layers: dict[str, LayerLike]
-) -> tuple[Array, Tree]:
+    params: Tree, cache: Tree, dy: Data, *, need_dx: bool = True, layers: _Layers
+) -> tuple[Data, Tree]:
     """dx = dx of the branch + dx of the shortcut."""
-    _check_names("residual", params, layers)
-    _check_cache("residual", cache, layers)
-    dx, grads = {}, {}
-    for name, layer in layers.items():
-        dx[name], own = _call_child(
-            name, "backward", layer.backward, params.get(name, {}), cache[name], dy
-        )
-        if own:
-            grads[name] = own
-    return dx["branch"] + dx["shortcut"], grads
+    both = dict.fromkeys(layers, dy)
+    dx, grads = _backward_each("residual", params, cache, both, need_dx, layers)
+    return reduce(_sum, dx.values(), None), grads
 
 
 @_constructor
 def residual(branch: LayerLike, shortcut: LayerLike = identity()) -> Layer:
     """y = branch(x) + shortcut(x) (He et al. 2016). Both must give the same shape."""
-    layers = {"branch": branch, "shortcut": shortcut}
-    for name, layer in layers.items():
-        _check_layer("residual", name, layer)
-    return Layer(
-        partial(residual_init, layers=layers),
-        partial(residual_forward, layers=layers),
-        partial(residual_backward, layers=layers),
-    )
+    layers = _named("residual", (), {"branch": branch, "shortcut": shortcut})
+    return _combinator(residual_init, residual_forward, residual_backward, layers=layers)
+
+
+def _joined(shapes: Tree, axis: int) -> tuple[tuple[Any, ...], Array]:
+    """The shape of outputs side by side along `axis`, from theirs with the batch; their ends."""
+    first = next(iter(shapes.values()))
+    for shape in shapes.values():
+        fits = isinstance(shape, tuple) and -len(shape) < axis < len(shape)
+        if not fits or shape[:axis] + shape[axis:][1:] != first[:axis] + first[axis:][1:]:
+            raise ValueError(f"concatenate: outputs do not fit along axis {axis}: {shapes}")
+    ends = np.cumsum([shape[axis] for shape in shapes.values()])
+    return (*first[:axis], int(ends[-1]), *first[axis:][1:]), ends
+
+
+def concatenate_init(key: Key, shape: Shapes, *, layers: _Layers, axis: int) -> tuple[Tree, Shape]:
+    """{name: params} of the branches that have any; shape is one for all, or {name: shape}."""
+    shapes = shape if isinstance(shape, dict) else dict.fromkeys(layers, shape)
+    params, shapes = _init_each("concatenate", key, shapes, layers)
+    shapes = {name: ("N", *own) if type(own) is tuple else own for name, own in shapes.items()}
+    return params, _joined(shapes, axis)[0][1:]
+
+
+@_quiet
+def concatenate_forward(params: Tree, x: Data, *, layers: _Layers, axis: int) -> tuple[Array, Tree]:
+    """y = the outputs of all branches side by side; x is one array for all, or {name: x}."""
+    inputs = x if isinstance(x, dict) else dict.fromkeys(layers, x)
+    y, cache = _forward_each("concatenate", params, inputs, layers)
+    shape, ends = _joined(tree_map(np.shape, y), axis)
+    own = {"shape": np.array(shape), "ends": ends, "split": np.array(isinstance(x, dict))}
+    return np.concatenate(list(y.values()), axis), {**cache, "axis": own}  # no child's name
+
+
+@_quiet
+def concatenate_backward(
+    params: Tree, cache: Tree, dy: Array, *, need_dx: bool = True, layers: _Layers, axis: int
+) -> tuple[Data, Tree]:
+    """dx = the sum of the dx of all branches, each for its part of dy; {name: dx} for a dict x."""
+    _check_entries("concatenate", "cache", cache, [*layers, "axis"])
+    own, caches = cache["axis"], {name: cache[name] for name in layers}
+    _check_array("concatenate", "dy", dy)
+    dy = _gradient("concatenate", dy, tuple(own["shape"].tolist()), dy.dtype)
+    parts = dict(zip(layers, np.split(dy, own["ends"][:-1], axis), strict=True))
+    dx, grads = _backward_each("concatenate", params, caches, parts, need_dx, layers)
+    return (dx if own["split"] else reduce(_sum, dx.values(), None)), grads
+
+
+@_constructor
+def concatenate(*branches: LayerLike, axis: int = 1, **named: LayerLike) -> Layer:
+    """The outputs of all branches side by side along `axis`; the batch is axis 0.
+
+    x is one array that goes to all branches, or a dict with an entry for each (several inputs):
+    `concatenate(image=convolutions, size=linear(8))`. Branches are named as in `sequential`.
+    ValueError for axis 0, without a branch, and for shapes that differ but along the axis.
+    """
+    if _whole("concatenate", "axis", axis, -64) == 0:
+        raise ValueError("concatenate: axis must not be 0, the batch")
+    functions = concatenate_init, concatenate_forward, concatenate_backward
+    return _combinator(*functions, layers=_named("concatenate", branches, named), axis=axis)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2442,23 +2582,25 @@ def residual(branch: LayerLike, shortcut: LayerLike = identity()) -> Layer:
 # ------------------------------------------------------------------------------------------------
 
 
-def _check_prediction(where: str, name: str, prediction: Any, axes: int | None = None) -> None:
+def _check_prediction(where: str, name: str, prediction: Any, classes: bool = False) -> None:
     _check_array(where, name, prediction)
     if prediction.size == 0:
         raise ValueError(f"{where}: {name} must not be empty, got shape {prediction.shape}")
-    if axes is not None and prediction.ndim != axes:
-        hint = "; put flatten() before the last layer" if prediction.ndim == 4 else ""
-        raise ValueError(
-            f"{where}: {name} must be (N, classes), got shape {prediction.shape}{hint}"
-        )
+    if classes and prediction.ndim < 2:
+        raise ValueError(f"{where}: {name} must be (N, ..., classes), got shape {prediction.shape}")
 
 
-def _check_labels(where: str, labels: Any, count: int, classes: int) -> None:
-    """Refuse what is not one class number for each of `count` samples."""
+def _check_labels(where: str, labels: Any, prediction: Array) -> None:
+    """Refuse what is not one class number for each position of a prediction (N, ..., K)."""
+    *shape, classes = prediction.shape
     if not _is_array(labels):
         raise TypeError(f"{where}: labels must be a NumPy array, got {_kind(labels)}")
-    if labels.shape != (count,):
-        raise ValueError(f"{where}: labels must have shape ({count},), got {labels.shape}")
+    if labels.shape != tuple(shape):
+        flat = labels.ndim == 1 < len(shape)
+        hint = "; for one label per sample put flatten() before the last layer" if flat else ""
+        raise ValueError(
+            f"{where}: labels must have shape {tuple(shape)}, got {labels.shape}{hint}"
+        )
     if labels.dtype.kind not in "iu":
         raise ValueError(f"{where}: labels must be whole numbers (integers), got {labels.dtype}")
     if labels.min() < 0 or labels.max() >= classes:
@@ -2472,64 +2614,92 @@ def _two_shapes(where: str, target: Array, prediction: Array) -> str:
 
 
 def _probabilities(where: str, target: Any, prediction: Array) -> tuple[Array, Array | float]:
-    """Class numbers (N,) or probabilities (N, K) as a new array (N, K), and its row sums."""
-    if _is_array(target) and target.ndim == 2:
+    """Class numbers (N, ...) or probabilities (N, ..., K) as a new array, and its sums over K."""
+    if _is_array(target) and target.ndim == prediction.ndim:
         if target.shape != prediction.shape:
             raise ValueError(_two_shapes(where, target, prediction))
         if target.dtype.kind not in "biuf" or not (target.min() >= 0 and target.max() <= 1):
             raise ValueError(f"{where}: target probabilities must be numbers from 0 to 1")
         probabilities = target.astype(prediction.dtype)
-        return probabilities, probabilities.sum(axis=1, keepdims=True)
-    count, classes = prediction.shape
-    _check_labels(where, target, count, classes)
+        return probabilities, probabilities.sum(axis=-1, keepdims=True)
+    _check_labels(where, target, prediction)
     probabilities = np.zeros(prediction.shape, prediction.dtype)
-    probabilities[np.arange(count), target] = 1
+    probabilities.reshape(target.size, -1)[np.arange(target.size), target.ravel()] = 1
     return probabilities, 1.0
+
+
+_Value = tuple[float, Array]  # a loss and its gradient
+
+
+def _mean(where: str, losses: Array, gradient: Array, weights: Any) -> _Value:
+    """The mean of the losses of all positions, and its gradient, given that of their sum.
+
+    With weights it is Σ w·l / Σ w; where w is 0, l may be anything. The gradient is written to.
+    """
+    if weights is None:
+        gradient *= 1 / losses.size
+        return float(losses.sum()) / losses.size, gradient
+    _check_numbers(where, "weights", weights)
+    shape, full = weights.shape, losses.shape
+    if not shape or shape != full[: len(shape)]:
+        raise ValueError(f"{where}: weights have shape {shape}, expected {full} or its first axes")
+    w = weights.astype(np.float64)
+    if not (w.min() >= 0 and 0 < w.max() < math.inf):
+        raise ValueError(f"{where}: weights must be finite, not negative and not all 0")
+    w /= w.max()  # so that their sum is finite
+    w *= w.size / (w.sum() * losses.size)
+    w = w.astype(losses.dtype).reshape(w.shape + (1,) * (gradient.ndim - w.ndim))
+    gradient *= w
+    np.copyto(gradient, 0, where=w == 0)
+    w = w.reshape(w.shape[: losses.ndim])
+    return float(np.sum(losses * w, where=w > 0)), gradient
 
 
 @_quiet
 def softmax_cross_entropy(
-    logits: Array, target: Array, smoothing: float = 0.0
-) -> tuple[float, Array]:
-    """-Σ t log softmax(logits), the mean over the batch; its gradient (softmax · Σt - t) / N.
+    logits: Array, target: Array, smoothing: float = 0.0, weights: Weights = None
+) -> _Value:
+    """-Σ t log softmax(logits), the mean over all positions; its gradient (softmax · Σt - t) / N.
 
-    logits (N, K); target: class numbers (N,) or probabilities (N, K). With `smoothing` s in
-    [0, 1), t becomes (1 - s) t + s/K (Szegedy et al. 2016, as PyTorch's label_smoothing).
-    ValueError for shapes that do not fit, labels out of range or an empty batch.
+    logits (N, ..., K); target: class numbers (N, ...) or probabilities (N, ..., K). With
+    `smoothing` s in [0, 1), t becomes (1 - s) t + s/K (Szegedy et al. 2016, as PyTorch's
+    label_smoothing). `weights` w, here and in all losses, are numbers >= 0 for the positions
+    (N, ...) or the first of these axes, as (N,). The mean of the losses l is then Σ w·l / Σ w, as
+    PyTorch's with class weights: `weights=class_weights[labels]`; a 0 leaves out padding.
+    ValueError for shapes that do not fit, labels out of range, an empty batch or no such weights.
     """
     where = "softmax_cross_entropy"
-    _check_prediction(where, "logits", logits, axes=2)
+    _check_prediction(where, "logits", logits, classes=True)
     smoothing = _number(where, "smoothing", smoothing, minimum=0, below=1)
     t, sums = _probabilities(where, target, logits)
     if smoothing:
         t *= 1 - smoothing
-        t += smoothing / logits.shape[1]
+        t += smoothing / logits.shape[-1]
         sums = sums * (1 - smoothing) + smoothing
-    shifted = logits - logits.max(axis=1, keepdims=True)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
     gradient = np.exp(shifted)
-    total = gradient.sum(axis=1, keepdims=True)
+    total = gradient.sum(axis=-1, keepdims=True)
     shifted -= np.log(total)
-    loss = -float(np.vdot(t, shifted)) / len(t)
-    if math.isnan(loss):  # 0 · -inf, perhaps, where logits differ by more than the dtype's range
+    losses = -np.einsum("...k,...k->...", t, shifted)
+    if np.isnan(losses).any():  # 0 · -inf, perhaps: logits differ by more than the dtype's range
         shifted[t == 0] = 0
-        loss = -float(np.vdot(t, shifted)) / len(t)
+        losses = -np.einsum("...k,...k->...", t, shifted)
     gradient *= sums / total
     gradient -= t
-    gradient *= 1 / len(t)
-    return loss, gradient
+    return _mean(where, losses, gradient, weights)
 
 
 @_quiet
-def cross_entropy(probabilities: Array, target: Array) -> tuple[float, Array]:
-    """-Σ t log p, the mean over the batch; its gradient -t / p / N.
+def cross_entropy(probabilities: Array, target: Array, weights: Weights = None) -> _Value:
+    """-Σ t log p, the mean over all positions; its gradient -t / p / N.
 
-    probabilities p (N, K), as `softmax` gives them; target: class numbers (N,) or probabilities
-    (N, K). p is clipped from below at the smallest normal number, so that log 0 is never met.
-    Training is more accurate with `softmax_cross_entropy` on logits.
-    ValueError for shapes that do not fit, labels out of range or an empty batch.
+    probabilities p (N, ..., K), as `softmax` gives them; target: class numbers (N, ...) or
+    probabilities (N, ..., K). p is clipped from below at the smallest normal number, so that log 0
+    is never met. Training is more accurate with `softmax_cross_entropy` on logits, where `weights`
+    are explained. ValueError for shapes that do not fit, labels out of range or an empty batch.
     """
     where = "cross_entropy"
-    _check_prediction(where, "probabilities", probabilities, axes=2)
+    _check_prediction(where, "probabilities", probabilities, classes=True)
     tolerance = 1e-3  # rounding, and the steps of a gradient check
     if not (probabilities.min() >= -tolerance and probabilities.max() <= 1 + tolerance):
         raise ValueError(
@@ -2537,32 +2707,28 @@ def cross_entropy(probabilities: Array, target: Array) -> tuple[float, Array]:
         )
     t, _ = _probabilities(where, target, probabilities)
     p = np.maximum(probabilities, np.finfo(probabilities.dtype).tiny)
-    loss = -float(np.vdot(t, np.log(p))) / len(t)
-    t /= p
-    t *= -1 / len(t)
-    return loss, t
+    losses = -np.einsum("...k,...k->...", t, np.log(p))
+    return _mean(where, losses, np.divide(t, -p, out=t), weights)
 
 
 @_quiet
-def hinge(scores: Array, target: Array, margin: float = 1.0) -> tuple[float, Array]:
-    """Σ max(0, s_j - s_y + margin) over the wrong classes j, the mean over the batch.
+def hinge(scores: Array, target: Array, margin: float = 1.0, weights: Weights = None) -> _Value:
+    """Σ max(0, s_j - s_y + margin) over the wrong classes j, the mean over all positions.
 
-    scores (N, K), target: class numbers y (N,) (Weston and Watkins 1999, as CS231n).
+    scores (N, ..., K), target: class numbers y (N, ...) (Weston and Watkins 1999, as CS231n);
+    `weights` as in `softmax_cross_entropy`.
     ValueError for shapes that do not fit, labels out of range or an empty batch.
     """
-    _check_prediction("hinge", "scores", scores, axes=2)
+    _check_prediction("hinge", "scores", scores, classes=True)
     margin = _number("hinge", "margin", margin, minimum=0, below=math.inf)
-    count, classes = scores.shape
-    _check_labels("hinge", target, count, classes)
-    samples = np.arange(count)
-    excess = scores - scores[samples, target][:, None] + margin
-    excess[samples, target] = 0
+    _check_labels("hinge", target, scores)
+    right = target[..., None]
+    excess = scores - np.take_along_axis(scores, right, axis=-1) + margin
+    np.put_along_axis(excess, right, 0, axis=-1)
     np.maximum(excess, 0, out=excess)
     gradient = (excess > 0).astype(scores.dtype)
-    loss = float(excess.sum()) / count
-    gradient[samples, target] = -gradient.sum(axis=1)
-    gradient *= 1 / count
-    return loss, gradient
+    np.put_along_axis(gradient, right, -gradient.sum(axis=-1, keepdims=True), axis=-1)
+    return _mean("hinge", excess.sum(axis=-1), gradient, weights)
 
 
 def _elementwise_target(where: str, prediction: Any, target: Any) -> Array:
@@ -2575,51 +2741,52 @@ def _elementwise_target(where: str, prediction: Any, target: Any) -> Array:
 
 
 @_quiet
-def binary_cross_entropy(logits: Array, target: Array) -> tuple[float, Array]:
+def binary_cross_entropy(logits: Array, target: Array, weights: Weights = None) -> _Value:
     """-(t log σ(z) + (1 - t) log(1 - σ(z))), the mean over all elements; gradient (σ(z) - t)/size.
 
-    logits z and target t in [0, 1] of the same shape (as PyTorch's BCEWithLogitsLoss). ValueError
-    for shapes that differ or are empty, and a target out of range.
+    logits z and target t in [0, 1] of the same shape (as PyTorch's BCEWithLogitsLoss); `weights` as
+    in `softmax_cross_entropy`, up to the full shape. ValueError for shapes that differ or are
+    empty, and a target out of range.
     """
     t = _elementwise_target("binary_cross_entropy", logits, target)
     if not (t.min() >= 0 and t.max() <= 1):
         raise ValueError("binary_cross_entropy: target must be from 0 to 1")
     losses = np.maximum(logits, 0) - logits * t + np.log1p(np.exp(-np.abs(logits)))
-    return float(losses.mean()), (_sigmoid(logits) - t) / t.size
+    return _mean("binary_cross_entropy", losses, _sigmoid(logits) - t, weights)
 
 
 @_quiet
-def mean_squared_error(prediction: Array, target: Array) -> tuple[float, Array]:
+def mean_squared_error(prediction: Array, target: Array, weights: Weights = None) -> _Value:
     """(p - t)², the mean over all elements; gradient 2 (p - t) / size.
 
-    ValueError for shapes that differ or are empty.
+    `weights` as in `binary_cross_entropy`. ValueError for shapes that differ or are empty.
     """
     difference = prediction - _elementwise_target("mean_squared_error", prediction, target)
-    return float(np.square(difference).mean()), difference * (2 / difference.size)
+    return _mean("mean_squared_error", np.square(difference), 2 * difference, weights)
 
 
 @_quiet
-def mean_absolute_error(prediction: Array, target: Array) -> tuple[float, Array]:
+def mean_absolute_error(prediction: Array, target: Array, weights: Weights = None) -> _Value:
     """|p - t|, the mean over all elements; gradient sign(p - t) / size.
 
-    ValueError for shapes that differ or are empty.
+    `weights` as in `binary_cross_entropy`. ValueError for shapes that differ or are empty.
     """
     difference = prediction - _elementwise_target("mean_absolute_error", prediction, target)
-    return float(np.abs(difference).mean()), np.sign(difference) / difference.size
+    return _mean("mean_absolute_error", np.abs(difference), np.sign(difference), weights)
 
 
 @_quiet
-def huber(prediction: Array, target: Array, delta: float = 1.0) -> tuple[float, Array]:
+def huber(prediction: Array, target: Array, delta: float = 1.0, weights: Weights = None) -> _Value:
     """d²/2 where |d| <= delta, else delta · (|d| - delta/2), with d = p - t; the mean over all.
 
-    The gradient is d, clipped to [-delta, delta], over the size (as PyTorch's HuberLoss).
+    The gradient is d, clipped to [-delta, delta], over the size (as PyTorch's HuberLoss); `weights`
+    as in `binary_cross_entropy`.
     ValueError for shapes that differ or are empty, or a delta that is not positive.
     """
     delta = _number("huber", "delta", delta, above=0, below=math.inf)
     difference = prediction - _elementwise_target("huber", prediction, target)
     clipped = np.clip(difference, -delta, delta)
-    losses = clipped * (difference - 0.5 * clipped)
-    return float(losses.mean()), clipped / clipped.size
+    return _mean("huber", clipped * (difference - 0.5 * clipped), clipped, weights)
 
 
 @_quiet
@@ -3096,6 +3263,11 @@ _SAMPLES = 40  # entries of one array that are compared one by one, when it has 
 _STEP = 3e-6  # near the cube root of float64's precision, where central differences are best
 
 
+def _vector(y: Data) -> Array:
+    """All entries of an array, or of those of a tree, one after the other."""
+    return np.concatenate([leaf.ravel() for leaf in tree_flatten({"y": y}).values()])
+
+
 class _Probe(NamedTuple):
     """Σ y · r as a function of one of the inputs, whose slopes are to be measured."""
 
@@ -3109,18 +3281,13 @@ class _Probe(NamedTuple):
         moved = self.array.copy()
         moved.reshape(-1)[positions] += change
         inputs = _replace(self.inputs, self.path, moved)
-        return self.layer.forward(inputs["params"], inputs["x"])[0]
+        return _vector(self.layer.forward(inputs["params"], inputs["x"])[0])
 
     def slope(self, positions: Any, direction: Array | float, step: float) -> float:
         """The central difference along a direction."""
         higher = self.output(positions, step * direction)
         lower = self.output(positions, -step * direction)
         return float(((higher - lower) * self.r).sum()) / (2 * step)
-
-
-def _replace(tree: Tree, path: str, leaf: Array) -> Tree:
-    name, _, rest = path.partition("/")
-    return {**tree, name: _replace(tree[name], rest, leaf) if rest else leaf}
 
 
 def _suspect(probe: _Probe, analytic: Array, direction: Array) -> int:
@@ -3148,7 +3315,7 @@ def _suspect(probe: _Probe, analytic: Array, direction: Array) -> int:
 
 def _compare(probe: _Probe, analytic: Array, y: Array, rtol: float, key: Key) -> None:
     """AssertionError where backward and central differences disagree."""
-    name = "dx" if probe.path == "x" else f"grads/{probe.path.removeprefix('params/')}"
+    name = f"d{probe.path}" if probe.path[0] == "x" else probe.path.replace("params", "grads", 1)
     if analytic.shape != probe.array.shape:
         raise AssertionError(
             f"check_gradients: {name} has shape {analytic.shape},"
@@ -3194,29 +3361,16 @@ def _float64(leaf: Any) -> Any:
     return array
 
 
-def _statistics_paths(params: Any, cache: Any, path: str) -> set[str]:
-    """The paths of all running statistics."""
-    if not isinstance(params, dict) or not isinstance(cache, dict):
-        return set()
-    found = {f"{path}/{name}" for name in _statistics(params, cache)}
-    return found.union(
-        *(
-            _statistics_paths(value, cache.get(name), f"{path}/{name}")
-            for name, value in params.items()
-        )
-    )
-
-
 @_quiet
 def check_gradients(
-    layer: Differentiable, params: Tree | None, x: Array, rtol: float = 1e-5, key: Key = 0
+    layer: Differentiable, params: Tree | None, x: Data, rtol: float = 1e-5, key: Key = 0
 ) -> None:
     """Compare `backward` with central differences in float64, for dx and every entry of grads.
 
     `layer` is anything with forward(params, x) -> (y, cache) and backward(params, cache, dy) ->
-    (dx, grads). What is compared is the gradient of Σ y · r, r random from `key`. An array of
-    many entries is sampled, and searched by bisection for a wrong one. For training mode give
-    `training(params, key)`.
+    (dx, grads); x and y are arrays or dicts of arrays. What is compared is the gradient of Σ y · r,
+    r random from `key`. An array of many entries is sampled, and searched by bisection for a wrong
+    one. For training mode give `training(params, key)`.
 
     AssertionError names the entry, its index and both values; it is also raised when a gradient
     has the wrong shape, when y depends on an entry that grads lack, and for grads that params
@@ -3224,15 +3378,17 @@ def check_gradients(
     """
     rtol = _number("check_gradients", "rtol", rtol, above=0, below=math.inf)
     _check_layer("check_gradients", "layer", layer, ("forward", "backward"))
-    _check_numbers("check_gradients", "x", x)
+    _arrays("check_gradients", "x", {"x": x})
     params = {} if params is None else params
     _check_dict("check_gradients", "params", params)
     inputs = tree_map(_float64, {"params": params, "x": x})
     y, cache = _two_results("forward", layer.forward(inputs["params"], inputs["x"]))
-    if not isinstance(y, np.ndarray) or y.dtype != np.float64:
-        raise AssertionError(f"check_gradients: y must be float64 like x, got {_kind(y)}")
-    r: Array = np.asarray(_generator(key).standard_normal(y.shape))
-    r.flags.writeable = False
+    for path, leaf in tree_flatten({"y": y}).items():
+        if not isinstance(leaf, np.ndarray) or leaf.dtype != np.float64:
+            raise AssertionError(
+                f"check_gradients: {path} must be float64 like x, got {_kind(leaf)}"
+            )
+    r = tree_map(_float64, tree_map(_generator(key).standard_normal, tree_map(np.shape, y)))
     dx, grads = _two_results("backward", layer.backward(inputs["params"], cache, r))
     slopes = tree_flatten({"params": grads or {}, "x": dx})
     arrays = {
@@ -3241,14 +3397,14 @@ def check_gradients(
         if isinstance(array, np.ndarray) and array.dtype.kind == "f"
     }
     for path in slopes:
-        if path not in arrays and path != "x":
+        if path not in arrays and path.startswith("params/"):
             raise AssertionError(f"check_gradients: grads have {path[7:]!r}, but params do not")
-    untrained = _statistics_paths(inputs["params"], cache, "params")
+    untrained = {f"params/{path}" for path, *_ in _statistics(params, cache)}
     for index, (path, array) in enumerate(arrays.items()):
         if path in slopes or path not in untrained:
             analytic = slopes.get(path, np.zeros(array.shape))  # what is missing counts as zero
-            probe = _Probe(layer, inputs, path, array, r)
-            _compare(probe, np.asarray(analytic), y, rtol, fold_key(key, index))
+            probe = _Probe(layer, inputs, path, array, _vector(r))
+            _compare(probe, np.asarray(analytic), _vector(y), rtol, fold_key(key, index))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3256,13 +3412,13 @@ def check_gradients(
 # ------------------------------------------------------------------------------------------------
 
 
-Loss = Callable[[Array, Array], tuple[float, Array]]
-ValueAndGrad = Callable[[Tree, Array, Array], tuple[float, Tree, Any]]
+Loss = Callable[[Data, Data], tuple[float, Data]]
+ValueAndGrad = Callable[[Tree, Data, Data], tuple[float, Tree, Any]]
 
 
 @_quiet
 def _value_and_grad(
-    params: Tree, x: Array, target: Array, *, net: Differentiable, loss: Loss
+    params: Tree, x: Data, target: Data, *, net: Differentiable, loss: Loss
 ) -> tuple[float, Tree, Any]:
     prediction, cache = _two_results("forward", net.forward(params, x))
     value, dprediction = loss(prediction, target)
@@ -3273,8 +3429,9 @@ def _value_and_grad(
 def value_and_grad(net: Differentiable, loss: Loss) -> ValueAndGrad:
     """The pure function (params, x, target) -> (loss, grads, cache) of a network and a loss.
 
-    grads are those of the params alone: dx is not computed. `cache` is that of the forward pass,
-    for `update_statistics`. TypeError for what is not a network or not a function.
+    x, prediction and target may be dicts of arrays. grads are those of the params alone: dx is not
+    computed. `cache` is that of the forward pass, for `update_statistics`. TypeError for what is
+    not a network or not a function.
     """
     _check_layer("value_and_grad", "net", net, ("forward", "backward"))
     _check_function("value_and_grad", "loss", loss)
@@ -3282,19 +3439,16 @@ def value_and_grad(net: Differentiable, loss: Loss) -> ValueAndGrad:
 
 
 def _only_statistics(cache: Any) -> Tree:
-    """What a cache lists under "statistics", at any depth, and nothing else of it."""
-    if not isinstance(cache, dict):
-        return {}
-    found = {
-        name: value if name == "statistics" else _only_statistics(value)
-        for name, value in cache.items()
-        if isinstance(value, dict)
-    }
-    return {name: value for name, value in found.items() if value}
+    """What a cache lists under "statistics", at any depth, with its "count", and nothing else."""
+    parts = _parts(cache)
+    found: Tree = {name: own for name, part in parts.items() if (own := _only_statistics(part))}
+    if isinstance(parts.get("statistics"), dict):
+        found |= {"statistics": parts["statistics"], "count": np.array(parts.get("count", 1))}
+    return found
 
 
 def _shard_gradients(
-    part: tuple[float, Tree, Array, Array], *, gradients: ValueAndGrad
+    part: tuple[float, Tree, Data, Data], *, gradients: ValueAndGrad
 ) -> tuple[float, Tree, Tree]:
     """The loss, grads and statistics of one part, times its share of the batch."""
     share, params, x, target = part
@@ -3305,26 +3459,30 @@ def _shard_gradients(
 
 def _data_parallel(
     params: Tree,
-    x: Array,
-    target: Array,
+    x: Data,
+    target: Data,
     *,
     gradients: ValueAndGrad,
     shards: int,
     map_parts: Callable[..., Any],
 ) -> tuple[float, Tree, Tree]:
     _check_dict("data_parallel", "params", params)
-    for name, array in (("x", x), ("target", target)):
+    data, counts = {"x": x, "target": target}, {}
+    for name, array in _flatten("data_parallel", "data", data).items():
         if not _is_array(array) or not array.ndim:
             raise TypeError(f"data_parallel: {name} must be an array (N, ...), got {_kind(array)}")
-    if len(x) != len(target):
-        raise ValueError(f"data_parallel: x has {len(x)} samples, but target {len(target)}")
-    count = max(1, min(shards, len(x)))
-    ends = [len(x) * shard // count for shard in range(count + 1)]
+        counts[name] = len(array)
+    if len({*counts.values()}) > 1:
+        raise ValueError(f"data_parallel: the numbers of samples differ, {counts}")
+    samples = max(counts.values(), default=0)
+    count = max(1, min(shards, samples))
+    ends = [samples * shard // count for shard in range(count + 1)]
     parts = []
     for shard, (start, stop) in enumerate(itertools.pairwise(ends)):
         key = {"key": fold_key(params["key"], shard)} if "key" in params else {}
-        share = (stop - start) / max(len(x), 1)
-        parts.append((share, {**params, **key}, x[start:stop], target[start:stop]))
+        part = tree_map(itemgetter(slice(start, stop)), data)
+        share = (stop - start) / max(samples, 1)
+        parts.append((share, {**params, **key}, part["x"], part["target"]))
     results = list(map_parts(partial(_shard_gradients, gradients=gradients), parts))
     if len(results) != count:
         raise ValueError(f"data_parallel: map returned {len(results)} results for {count} parts")
@@ -3343,8 +3501,9 @@ def data_parallel(
     one by one, `ThreadPoolExecutor(2).map` in parallel; the result depends on `shards` alone. Loss,
     grads and what the cache lists under "statistics" are means over the parts, weighted by their
     sizes and added in order; nothing else of the cache remains. Each part has a key of its own,
-    folded from params["key"], and batch norm normalizes each part by itself. ValueError where x
-    and target differ in length.
+    folded from params["key"]; batch norm normalizes each part by itself, and so is the weighted
+    mean of a loss taken. x and target are arrays or dicts of arrays. ValueError where they differ
+    in length.
     """
     if not callable(value_and_grad) or not callable(map):
         raise TypeError("data_parallel: value_and_grad and map must be functions")
@@ -3353,27 +3512,33 @@ def data_parallel(
 
 
 def accuracy(logits: Array, labels: Array) -> float:
-    """The fraction of samples (N,) whose largest logit, of (N, K), is that of their label.
+    """The fraction of labels (N, ...) whose logit is the largest of its position in (N, ..., K).
 
-    A sample with a nan among its logits counts as wrong. Of equal logits the first one counts.
+    A position with a nan among its logits counts as wrong. Of equal logits the first one counts.
     ValueError for shapes that do not fit or labels out of range.
     """
-    _check_prediction("accuracy", "logits", logits, axes=2)
-    _check_labels("accuracy", labels, *logits.shape)
-    best = logits.argmax(axis=1)  # the first nan, where there is one
-    right = (best == labels) & ~np.isnan(logits[np.arange(len(best)), best])
+    _check_prediction("accuracy", "logits", logits, classes=True)
+    _check_labels("accuracy", labels, logits)
+    rows = logits.reshape(labels.size, -1)
+    best = rows.argmax(axis=1)  # the first nan, where there is one
+    right = (best == labels.ravel()) & ~np.isnan(rows[np.arange(len(best)), best])
     return float(np.mean(right))
 
 
-def batches(count: int, size: int, key: Key) -> Iterator[Array]:
+def batches(count: int, size: int, key: Key, drop_last: bool = False) -> Iterator[Array]:
     """Index arrays of `size` entries (the last may have fewer), each of 0 ... count-1 once.
 
-    The order is drawn from `key`. ValueError for a count or a size below 1.
+    The order is drawn from `key`. With `drop_last` a smaller last one is left out. ValueError for a
+    count or a size below 1, and where nothing remains.
     """
     count = _whole("batches", "count", count, 1)
     size = _whole("batches", "size", size, 1)
+    _check_bool("batches", "drop_last", drop_last)
+    stop = count - count % size if drop_last else count
+    if not stop:
+        raise ValueError(f"batches: {count} samples make no whole batch of {size}")
     order = _generator(key).permutation(count)
-    return iter([order[start : start + size] for start in range(0, count, size)])
+    return iter([order[start : start + size] for start in range(0, stop, size)])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3414,13 +3579,15 @@ def augment(
     scale: float = 0.1,
     stretch: float = 0.1,
     elastic: float = 0.0,
+    flip: float = 0.0,
 ) -> Array:
     """Every image (N, C, H, W) randomly shifted, rotated, scaled and stretched, bilinearly.
 
     Drawn from `key`, uniformly: the shift along each axis within ±`shift` pixels, the angle within
     ±`rotation` degrees, the size within 1 ± `scale`, the aspect ratio within 1 ± `stretch`.
     `elastic` is the standard deviation in pixels of a smooth displacement (cubic B-splines with a
-    knot every 7 pixels; after Simard et al. 2003). Pixels from outside the image are zero.
+    knot every 7 pixels; after Simard et al. 2003). Each image is flipped left to right with
+    probability `flip`. Pixels from outside the image are zero.
     ValueError for an option outside its range or images that are not (N, C, H, W).
     """
     _check_array("augment", "images", images)
@@ -3431,6 +3598,7 @@ def augment(
     scale = _number("augment", "scale", scale, minimum=0, below=1)
     stretch = _number("augment", "stretch", stretch, minimum=0, below=1)
     elastic = _number("augment", "elastic", elastic, minimum=0, maximum=1e9)
+    flip = _number("augment", "flip", flip, minimum=0, maximum=1)
     N, _, H, W = images.shape
     generator = _generator(key)
     draws = generator.uniform(-1, 1, (5, N, 1, 1)).astype(np.float32)
@@ -3450,6 +3618,8 @@ def augment(
         # At a pixel the squares of a line's splines add up to 0.48 on average.
         bend = (elastic / 0.48) * (down @ knots @ across.T).astype(np.float32)
         y, x = y + bend[0], x + bend[1]
+    if flip:
+        images = np.where(generator.random((N, 1, 1, 1)) < flip, images[..., ::-1], images)
     return _sample(images, y, x)
 
 

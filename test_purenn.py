@@ -78,6 +78,21 @@ def network(units):
     )
 
 
+def several_inputs(units):
+    """Two inputs of other shapes, side by side."""
+    deep = nn.sequential(nn.linear(units), nn.tanh(), nn.dropout(0.3))
+    return nn.concatenate(deep=deep, wide=nn.sequential(nn.flatten(), nn.batch_norm()))
+
+
+def several_branches(units, axis):
+    return nn.concatenate(nn.linear(units), nn.tanh(), named=bottleneck(units), axis=axis)
+
+
+def several_outputs(units):
+    a = nn.sequential(nn.layer_norm(), nn.linear(units))
+    return nn.heads(a=a, b=nn.tanh(), c=bottleneck(units), d=nn.heads(a=nn.linear(2)))
+
+
 def pairs(low, high):
     one = st.integers(low, high)
     return st.one_of(one, st.tuples(one, one))
@@ -187,6 +202,19 @@ LAYERS = {
     "upsample2d": of(pairs(1, 3).map(nn.upsample2d), images),
     "sequential": of(st.builds(network, sizes), features),
     "residual": of(st.builds(bottleneck, sizes), features),
+    "concatenate": Entry(
+        st.one_of(
+            st.tuples(
+                st.builds(several_branches, sizes, st.sampled_from([-1, 2])),
+                st.tuples(sizes, sizes),
+            ),
+            st.tuples(
+                st.builds(several_inputs, sizes),
+                st.fixed_dictionaries({"wide": st.tuples(sizes, sizes), "deep": st.tuples(sizes)}),
+            ),
+        )
+    ),
+    "heads": of(st.builds(several_outputs, sizes), st.tuples(sizes, st.just(3))),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
@@ -804,13 +832,16 @@ def test_batch_norm_is_its_formula(data, momentum):
             mean, var = values.mean(), values.var()
         expected = gamma * (values - mean) / math.sqrt(var + eps) + beta
         np.testing.assert_allclose(y[:, channel], expected, rtol=1e-9, atol=1e-12)
+    if "key" not in params:
+        with pytest.raises(ValueError, match="nothing was in training mode"):
+            nn.update_statistics(params, cache)
+        return
     moved = nn.update_statistics(frozen(params), frozen(cache), momentum)
     assert all_bytes({**moved, "mean": 0 * x, "var": 0 * x}) == all_bytes(
         {**params, "mean": 0 * x, "var": 0 * x}
     )
     axes = (0, 2, 3)[: x.ndim - 1]
     for entry, batch in {"mean": x.mean(axis=axes), "var": x.var(axis=axes, ddof=1)}.items():
-        batch = batch if "key" in params else params[entry]
         expected = (1 - momentum) * params[entry] + momentum * batch
         np.testing.assert_allclose(moved[entry], expected, rtol=1e-9)
         assert moved[entry].dtype == params[entry].dtype
@@ -881,6 +912,109 @@ def test_update_statistics_reaches_every_depth_and_leaves_the_rest():
         "block/branch/0/var": 0.9 + 0.1 * hidden.var(axis=0, ddof=1),
     }
     assert_close(changed, expected, rtol=1e-5, atol=0)
+
+
+def gate_init(key, shape, *, layers):
+    """y = value(x) · gate(x), a combinator of a user's own."""
+    params, shapes = {}, {}
+    for index, (name, layer) in enumerate(layers.items()):
+        params[name], shapes[name] = layer.init(nn.fold_key(key, index), shape)
+    return params, shapes["value"]
+
+
+def gate_forward(params, x, *, layers):
+    y, cache = {}, {}
+    for index, (name, layer) in enumerate(layers.items()):
+        own = params[name]
+        if "key" in params:
+            own = nn.training(own, nn.fold_key(params["key"], index))
+        y[name], cache[name] = layer.forward(own, x)
+    return y["value"] * y["gate"], {**cache, "y": y}
+
+
+def gate_backward(params, cache, dy, *, layers):
+    y = cache["y"]
+    dx1, value = layers["value"].backward(params["value"], cache["value"], dy * y["gate"])
+    dx2, gate = layers["gate"].backward(params["gate"], cache["gate"], dy * y["value"])
+    return dx1 + dx2, {"value": value, "gate": gate}
+
+
+def gated(value, gate):
+    layers = {"value": value, "gate": gate}
+    functions = (gate_init, gate_forward, gate_backward)
+    return nn.Layer(*(partial(function, layers=layers) for function in functions))
+
+
+def with_cache(change, inner):
+    """A user's layer that passes params on and keeps the cache of the other within its own."""
+
+    def forward(params, x):
+        y, cache = inner.forward(params, x)
+        return y, change(cache, x)
+
+    return inner._replace(forward=forward)
+
+
+AROUND = {  # name: what is built around a sequential(linear(2), batch_norm())
+    "a user's": lambda inner: gated(inner, nn.sequential(nn.linear(2))),
+    "residual": lambda inner: nn.residual(inner, nn.linear(2)),
+    "concatenate": lambda inner: nn.sequential(
+        nn.concatenate(a=inner, b=nn.linear(3)), nn.linear(2)
+    ),
+    "heads": lambda inner: nn.heads(a=inner, b=nn.linear(3)),
+    "tuple": partial(with_cache, lambda cache, x: (cache, x)),
+    "list in a dict": partial(with_cache, lambda cache, x: {"own": [x, cache]}),
+}
+
+
+@pytest.mark.parametrize("inside", AROUND)
+@pytest.mark.parametrize("outside", AROUND)
+def test_update_statistics_finds_batch_norm_within_anything(inside, outside):
+    inner = AROUND[inside](nn.sequential(nn.linear(2), nn.batch_norm()))
+    net = inner if inside == "heads" else AROUND[outside](inner)
+    params, _ = net.init(0, (4,))
+    x = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    before = nn.tree_flatten(params)
+
+    def gradients(params, x, target):
+        return 0.0, {}, net.forward(params, x)[1]
+
+    for function in (gradients, nn.data_parallel(gradients, 1)):
+        *_, cache = function(nn.training(params, 0), x, x)
+        after = nn.tree_flatten(nn.update_statistics(params, cache, 1.0))
+        changed = [path for path in before if after[path] is not before[path]]
+        assert [path.split("/")[-1] for path in changed] == ["mean", "var"]
+        hidden = x @ before[changed[0].removesuffix("1/mean") + "0/W"]
+        np.testing.assert_allclose(after[changed[0]], hidden.mean(axis=0), atol=1e-6)
+        with pytest.raises(ValueError, match="nothing was in training mode"):
+            nn.update_statistics(params, function(params, x, x)[2])
+
+
+def test_update_statistics_moves_what_was_in_training_and_shared_params_twice():
+    norm = nn.batch_norm()
+    net, rng = nn.sequential(norm, norm, nn.linear(2)), np.random.default_rng(0)
+    params, _ = net.init(0, (3,))
+    x = [rng.normal(size=(5, 3)) for _ in range(2)]
+    _, cache = net.forward({**params, "1": nn.training(params["1"], 0)}, x[0])
+    moved = nn.update_statistics(params, cache)
+    assert moved["0"] is params["0"]
+    assert moved["1"]["mean"] is not params["1"]["mean"]
+    shared, caches = params["0"], [norm.forward(nn.training(params["0"], 0), part)[1] for part in x]
+    expected = nn.update_statistics(nn.update_statistics(shared, caches[0]), caches[1])
+    assert all_bytes(nn.update_statistics(shared, caches)) == all_bytes(expected)
+    net = nn.sequential(nn.linear(3), nn.dropout(0.5))  # nothing is known of its mode
+    params, _ = net.init(0, (3,))
+    elsewhere = {"statistics": {"measured": np.ones(1)}}  # of no entry of params: left alone
+    for cache in (net.forward(params, x[0])[1], (x[0], x[1]), [], x[0], elsewhere):
+        assert nn.update_statistics(params, cache) is params
+
+
+def test_a_users_combinator_is_right_in_both_modes():
+    normed = nn.sequential(nn.linear(3), nn.batch_norm(), nn.dropout(0.2), nn.sigmoid())
+    net = nn.sequential(gated(normed, nn.linear(3)), out=nn.linear(2))
+    params, _ = net.init(0, (4,))
+    for mode in (params, nn.training(params, 1)):
+        nn.check_gradients(net, mode, np.random.default_rng(0).normal(size=(6, 4)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1379,6 +1513,86 @@ def test_residual_adds_and_refuses_what_cannot_be_added():
     assert nn.residual(nn.relu()).init(0, (4,)) == ({}, (4,))
 
 
+def test_branches_are_named_as_in_sequential_and_have_keys_of_their_own():
+    layers = {"0": nn.linear(3), "b": nn.dropout(0.5), "c": nn.dropout(0.5)}
+    x = np.random.default_rng(0).normal(size=(5, 4))
+    for net in (nn.concatenate(layers["0"], b=layers["b"], c=layers["c"]), nn.heads(**layers)):
+        params, shape = net.init(3, (4,))
+        assert list(params) == ["0"]
+        assert all_bytes(params["0"]) == all_bytes(layers["0"].init(nn.fold_key(3, 0), (4,))[0])
+        y, _ = net.forward(nn.training(params, 7), x)
+        outputs = {
+            name: layer.forward(nn.training(params.get(name, {}), nn.fold_key(7, index)), x)[0]
+            for index, (name, layer) in enumerate(layers.items())
+        }
+        if isinstance(y, dict):
+            assert list(y) == list(shape) == list(layers)
+            assert all_bytes(y) == all_bytes(outputs)
+        else:
+            assert shape == (11,)
+            np.testing.assert_array_equal(y, np.concatenate(list(outputs.values()), 1))
+
+
+@given(axis=st.sampled_from([1, 2, 3, -1, -2, -3]), sizes=st.lists(sizes, min_size=1, max_size=3))
+def test_concatenate_lies_side_by_side_along_any_axis(axis, sizes):
+    net = nn.concatenate(*[nn.tanh()] * len(sizes), axis=axis)
+    shapes = {str(i): tuple(size if a == axis % 4 else 2 for a in (1, 2, 3))
+              for i, size in enumerate(sizes)}  # fmt: skip
+    x = {name: upstream(np.ones((3, *shapes[name])), int(name)) for name in reversed(shapes)}
+    assert nn.concatenate(nn.tanh()).init(0, (2, 3)) == ({}, (2, 3))  # axis 1 by default
+    y, cache = net.forward({}, x)
+    assert net.init(0, shapes) == ({}, y.shape[1:])
+    np.testing.assert_array_equal(y, np.concatenate([np.tanh(x[name]) for name in shapes], axis))
+    dy = upstream(y)
+    dx, _ = net.backward({}, cache, dy)
+    parts = np.split(dy * (1 - y * y), np.cumsum(sizes)[:-1], axis)
+    assert_close(dx, dict(zip(shapes, parts, strict=True)), rtol=1e-12, atol=0)
+
+
+def lookup(count, size):
+    """An embedding, whose dx is None."""
+
+    def backward(params, x, dy):
+        gradient = np.zeros_like(params["W"])
+        np.add.at(gradient, x, dy)
+        return None, {"W": gradient}
+
+    def init(key, shape):
+        return {"W": nn.normal(1.0)(key, (count, size))}, (*shape, size)
+
+    return nn.Layer(init, lambda params, x: (params["W"][x], x), backward)
+
+
+def test_dx_is_the_sum_of_those_that_are_not_none():
+    rng = np.random.default_rng(0)
+    x = {"numbers": rng.normal(size=(4, 3, 2)), "words": rng.integers(0, 5, (4, 3))}
+    both = nn.concatenate(words=lookup(5, 3), numbers=nn.linear(2), axis=-1)
+    other = nn.concatenate(words=lookup(5, 1), numbers=nn.tanh(), axis=2)
+    for net in (both, nn.residual(both, both), nn.heads(a=both, b=other, c=nn.heads(a=both))):
+        params, _ = net.init(0, {"words": (3,), "numbers": (3, 2)})
+        nn.check_gradients(net, params, x)
+        y, cache = net.forward(params, x)
+        assert leaves(net.backward(params, cache, upstream(y))[0]).keys() == {"numbers"}
+    look = lookup(5, 2)
+    for net in (
+        nn.residual(look, look),
+        nn.heads(a=look),
+        nn.concatenate(look),
+        nn.sequential(look),
+    ):
+        params, _ = net.init(0, (3,))
+        y, cache = net.forward(params, x["words"])
+        assert net.backward(params, cache, upstream(y))[0] is None
+
+
+def test_residual_adds_trees():
+    branch = nn.heads(a=nn.linear(2), b=nn.tanh())
+    net = nn.sequential(nn.residual(branch, branch), nn.concatenate(b=nn.linear(1), a=nn.relu()))
+    params, shape = net.init(0, (3,))
+    assert shape == (3,)
+    nn.check_gradients(net, params, np.random.default_rng(0).normal(size=(2, 3)))
+
+
 # --- need_dx: the gradient of the data is left out where nobody wants it ---
 
 ASKED: list = []  # what was said of need_dx to one of the functions below
@@ -1466,6 +1680,19 @@ def test_dx_of_the_first_layer_is_left_out_exactly_where_it_can_be(name):
     grads = grads_of(net, {"first": params, "second": params})
     assert grads == {"first": {"w": [27, 27]}, "second": {"w": [9, 9]}}
     assert [True, not left_out] == ASKED
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("combine", [nn.heads, nn.concatenate, lambda a: nn.residual(a, nn.relu())])
+def test_branches_are_told_that_dx_is_not_needed(combine, several):
+    net, x = combine(a=users_layer(takes_plain)), Z[:, :2]
+    params, _ = net.init(0, (2,))
+    y, cache = net.forward(params, {"a": x} if several and combine is nn.concatenate else x)
+    ASKED.clear()
+    dx, grads = net.backward(params, cache, upstream(y), need_dx=False)
+    assert not dx
+    assert all_bytes(grads) == all_bytes(net.backward(params, cache, upstream(y))[1])
+    assert ASKED == [False, True]
 
 
 def test_errors_of_a_users_backward_pass_as_they_are():
@@ -2030,6 +2257,101 @@ def test_smoothing_mixes_the_target_with_equal_shares(seed, smoothing):
     assert value == pytest.approx(expected)
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-15)
     np.testing.assert_allclose(gradient, (np.exp(log_softmax(logits)) - mixed) / 3, atol=1e-15)
+
+
+WEIGHABLE = {  # name: (loss, has it a target of labels, of probabilities or of elements)
+    "softmax_cross_entropy": (nn.softmax_cross_entropy, "labels"),
+    "softmax_cross_entropy(soft)": (partial(nn.softmax_cross_entropy, smoothing=0.2), "soft"),
+    "cross_entropy": (nn.cross_entropy, "labels"),
+    "cross_entropy(soft)": (nn.cross_entropy, "soft"),
+    "hinge": (nn.hinge, "labels"),
+    **{name: (loss, "elements") for name, (loss, _) in ELEMENT_LOSSES.items()},
+}
+every_weighable_loss = pytest.mark.parametrize("name", WEIGHABLE)
+
+
+def loss_case(name, shape, seed=0):
+    """(loss, prediction, target, number of axes of its positions)"""
+    (loss, kind), rng = WEIGHABLE[name], np.random.default_rng(seed)
+    labels = rng.integers(0, shape[-1], shape[:-1])
+    target = labels if kind == "labels" else rng.random(shape)
+    return loss, rng.random(shape) * 0.8 + 0.1, target, len(shape) - (kind != "elements")
+
+
+@every_weighable_loss
+@given(shape=st.lists(sizes, min_size=2, max_size=4).map(tuple), seed=st.integers(0, 10**6),
+       kind=st.sampled_from(["f4", "f8", "i8", "?", "u1", "f2"]), data=st.data())  # fmt: skip
+def test_weighted_losses_are_weighted_means_of_those_of_the_positions(
+    name, shape, seed, kind, data
+):
+    loss, prediction, target, axes = loss_case(name, shape, seed)
+    axes, rng = data.draw(st.integers(1, axes)), np.random.default_rng(seed)
+    weights = rng.integers(0, 4, shape[:axes]).astype(kind)
+    weights.ravel()[rng.integers(weights.size)] = 2
+    value, gradient = loss(frozen(prediction), frozen(target), weights=frozen(weights))
+    assert type(value) is float
+    mean, expected = 0.0, np.zeros(shape)
+    for index in np.ndindex(weights.shape):
+        part, slope = loss(prediction[index][None], np.asarray(target[index])[None])
+        share = float(weights[index]) / weights.astype(float).sum()
+        mean, expected[index] = mean + share * part, share * slope[0]
+    assert value == pytest.approx(mean, rel=1e-9)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-14)
+    single, of_single = loss(prediction.astype(np.float32), target, weights=weights)
+    assert of_single.dtype == np.float32
+    assert single == pytest.approx(value, rel=1e-4, abs=1e-5)
+    assert loss(prediction, target, weights=weights * np.float64(1e307))[0] == pytest.approx(value)
+    for one in (1.0, 3.0):
+        ones, of_ones = loss(prediction, target, weights=np.full(shape[:axes], one))
+        plain, of_plain = loss(prediction, target)
+        assert ones == pytest.approx(plain)
+        np.testing.assert_allclose(of_ones, of_plain, rtol=1e-12)
+
+
+@every_weighable_loss
+@pytest.mark.usefixtures("no_warnings")
+def test_a_weight_of_0_leaves_out_whatever_is_there(name):
+    loss, prediction, target, _ = loss_case(name, (4, 3, 5))
+    weights = np.array([[1, 0, 1], [1, 1, 0], [0, 0, 0], [1, 1, 1]], bool)
+    value, gradient = loss(prediction, target, weights=weights)
+    for bad in (math.nan, math.inf, -math.inf, 1e300) if name[:6] != "cross_" else (0.0, 1.0):
+        spoiled = prediction.copy()
+        spoiled[~weights] = bad
+        again, other = loss(spoiled, target, weights=weights)
+        assert again == pytest.approx(value, rel=1e-12)
+        np.testing.assert_allclose(other, gradient, rtol=1e-12)
+        assert not other[~weights].any()
+    if WEIGHABLE[name][1] == "labels":
+        target[0, 1] = 5
+        with pytest.raises(ValueError, match="labels must be from 0 to 4, got"):
+            loss(prediction, target, weights=weights)
+
+
+@given(lead=st.lists(sizes, min_size=1, max_size=3).map(tuple), classes=st.integers(1, 4),
+       seed=st.integers(0, 10**6))  # fmt: skip
+def test_class_losses_and_accuracy_take_any_leading_axes(lead, classes, seed):
+    for name, (_, kind) in WEIGHABLE.items():
+        loss, prediction, target, _ = loss_case(name, (*lead, classes), seed)
+        if kind != "elements":
+            flat, labels = prediction.reshape(-1, classes), target
+            expected, slopes = loss(flat, target.reshape(-1, *target.shape[len(lead) :]))
+            value, gradient = loss(prediction, target)
+            assert value == pytest.approx(expected, rel=1e-12)
+            np.testing.assert_allclose(gradient, slopes.reshape(gradient.shape), rtol=1e-12)
+            if kind == "labels":
+                assert nn.accuracy(prediction, labels) == np.mean(prediction.argmax(-1) == labels)
+
+
+def test_class_weights_are_those_of_pytorch():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    logits, labels, balance = rng.normal(size=(6, 5, 4)), rng.integers(0, 4, (6, 5)), rng.random(4)
+    z = torch.tensor(logits.transpose(0, 2, 1), requires_grad=True)
+    theirs = torch.nn.functional.cross_entropy(z, torch.tensor(labels), torch.tensor(balance))
+    theirs.backward()
+    value, gradient = nn.softmax_cross_entropy(logits, labels, weights=balance[labels])
+    assert value == pytest.approx(theirs.item(), rel=1e-12)
+    np.testing.assert_allclose(gradient, z.grad.numpy().transpose(0, 2, 1), atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2620,6 +2942,13 @@ def test_batches_hold_each_index_once(count, size, key):
     assert len(orders) == 5
 
 
+@given(count=st.integers(1, 40), size=st.integers(1, 40), key=st.integers(0, 100))
+def test_drop_last_leaves_out_what_is_smaller(count, size, key):
+    if size <= count:
+        whole = [part for part in nn.batches(count, size, key) if len(part) == size]
+        assert all_bytes(*nn.batches(count, size, key, drop_last=True)) == all_bytes(*whole)
+
+
 @pytest.mark.usefixtures("no_warnings")
 def test_accuracy_is_the_share_of_right_ones():
     logits = np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]], np.float32)
@@ -2709,6 +3038,49 @@ def test_data_parallel_depends_on_its_shards_alone(shards):
     del params["key"]
     moved = (nn.update_statistics(params, part[2], 1.0) for part in parts)
     assert_close(nn.update_statistics(params, cache, 1.0), mean(moved), rtol=1e-6, atol=1e-9)
+
+
+def loss_of_two(y, target):
+    value, d_class = nn.softmax_cross_entropy(y["class"], target["class"], weights=target["weight"])
+    other, d_number = nn.mean_squared_error(y["number"], target["number"])
+    return value + other, {"class": d_class, "number": d_number}
+
+
+def test_trees_as_data_go_through_every_helper():
+    image = nn.sequential(nn.conv2d(2, 3), nn.relu(), nn.flatten())
+    body = nn.concatenate(image=image, vector=nn.linear(3))
+    top = nn.heads(**{"class": nn.linear(4), "number": nn.linear(1)})
+    net, rng = nn.sequential(body, nn.tanh(), top), np.random.default_rng(0)
+    params, shape = net.init(0, {"image": (1, 5, 5), "vector": (4,)})
+    assert shape == {"class": (4,), "number": (1,)}
+    x = {"image": rng.normal(size=(8, 1, 5, 5)), "vector": rng.normal(size=(8, 4))}
+    target = {
+        "class": rng.integers(0, 4, 8),
+        "number": rng.normal(size=(8, 1)),
+        "weight": np.ones(8),
+    }
+    gradients = nn.value_and_grad(net, loss_of_two)
+    loss, grads, _ = gradients(params, x, target)
+    y, cache = net.forward(params, x)
+    expected, dy = loss_of_two(y, target)
+    assert loss == expected
+    assert all_bytes(grads) == all_bytes(net.backward(params, cache, dy)[1])
+    for shards in (1, 3, 20):
+        value, in_parts, cache = nn.data_parallel(gradients, shards)(params, x, target)
+        assert value == pytest.approx(loss)
+        assert_close(in_parts, grads, rtol=1e-9, atol=1e-12)
+        assert cache == {}
+    part = nn.tree_map(lambda a: a[:2], {"x": x, "target": target})
+    nn.check_gradients(net, params, part["x"])
+    nn.check_gradients(net, nn.training(params, 0), nn.tree_map(np.float32, part["x"]))
+    with pytest.raises(
+        ValueError, match="^data_parallel: the numbers of samples differ, {'x/image': 2"
+    ):
+        nn.data_parallel(gradients, 2)(params, part["x"], target)
+    with pytest.raises(
+        TypeError, match=r"^data_parallel: target/class must be an array \(N, ...\)"
+    ):
+        nn.data_parallel(gradients, 2)(params, x, {**target, "class": None})
 
 
 def test_data_parallel_refuses_what_its_function_would_refuse():
@@ -2909,6 +3281,21 @@ def test_elastic_displacements_are_smooth_and_have_the_deviation_asked_for():
     assert abs(middle.std() - 1.5) < 0.15
     assert np.abs(np.diff(middle, axis=1)).max() < 1.5
     assert np.abs(middle.mean()) < 0.1
+
+
+def test_images_are_flipped_left_to_right_with_their_chance():
+    images = np.random.default_rng(0).normal(size=(4000, 2, 3, 5)).astype(np.float32)
+    for flip in (0.0, 0.25, 1.0):
+        seen = nn.augment(3, frozen(images), flip=flip, **STILL)
+        flipped = (seen == images[..., ::-1]).all(axis=(1, 2, 3))
+        assert (flipped | (seen == images).all(axis=(1, 2, 3))).all()
+        assert abs(flipped.mean() - flip) < 0.03
+    few, turned = images[:9], images[:9, ..., ::-1]
+    both = nn.augment(3, few, elastic=1.0, flip=0.5)  # flipped first, then the rest as without
+    one_of = [nn.augment(3, images, elastic=1.0) for images in (few, turned)]
+    same = [(both == one).all(axis=(1, 2, 3)) for one in one_of]
+    np.testing.assert_array_equal(same[0], ~same[1])
+    assert set(same[0]) == {True, False}
 
 
 def test_images_that_are_not_square_stay_in_the_middle():
@@ -3288,7 +3675,8 @@ def test_layers_take_values_of_any_size_without_a_warning(name, dtype, data):
         assert {a.dtype for tree in (y, dx, grads) for a in leaves(tree).values()} == {
             np.dtype(dtype)
         }
-        nn.update_statistics(params, cache if isinstance(cache, dict) else {})
+        if "key" in params:
+            nn.update_statistics(params, cache)
         for result, dx_or_y in ((y, "y"), (layer.backward(params, cache, upstream(y))[0], "dx")):
             if not others and dx_or_y not in LAYERS[name].nan:
                 assert not any(np.isnan(leaf).any() for leaf in leaves(result).values())
@@ -3631,8 +4019,21 @@ def no_target(target):
 def no_prediction(prediction):
     yield from kinds(prediction)
     yield from value_error("must not be empty, got", prediction[:0])
-    words = r"must be \(N, classes\), got shape"
-    yield from value_error(words, np.ones(2), *other_axes(prediction))
+    yield from value_error(r"must be \(N, ..., classes\), got", np.ones(2), np.ones(()))
+    words = (
+        r"labels must have shape \((1, 2|2, 3)\), got \(2,\); for one label per sample put flatten"
+    )
+    yield from value_error(words, prediction[None], prediction[..., None])
+
+
+def no_weights(weights):
+    wrong = [bad for bad in no_numbers(weights) if bad is not None]
+    yield from type_error("must be an array of numbers", *wrong, 1.0, True, {})
+    words = r"weights have shape \(.*\), expected \(2,.*\) or its first axes"
+    shapes = ((), (1,), (3,), (2, 1), (1, 2), (1, 3), (2, 3, 1))
+    yield from value_error(words, *map(np.ones, shapes))
+    words, bad = "must be finite, not negative and not all 0$", [math.nan, math.inf, -1]
+    yield from value_error(words, *(np.array([1, one]) for one in bad), np.zeros(2, bool))
 
 
 def no_gradients(grads):
@@ -3693,11 +4094,19 @@ def no_plateau(state):
 
 
 def no_statistics(cache):
-    bad = [one for one in NO_DICTS if not isinstance(one, np.ndarray)]
+    bad = [one for one in NO_DICTS if not isinstance(one, (np.ndarray, tuple, list))]
     yield from type_error("cache must be the one that forward returned, got", *bad)
     path = "a/statistics/mean"
     wrong = [replaced(cache, path, bad) for bad in no_numbers(np.ones(3))]
     yield from type_error("mean must be an array of numbers, got", *wrong)
+    own, words = cache["a"], "the cache has statistics of '(a/)?mean', which params lack$"
+    yield from value_error(words, (own,), [1, own], {"b": own}, {"b": [own]})
+    yield {"a": [{"statistics": {"var": np.ones(3)}}]}, ValueError, words.replace("mean", "var")
+    yield (
+        {"a": {**own, "count": np.array(0)}},
+        ValueError,
+        "nothing was in training mode, see `training`$",
+    )
     wrong = [replaced(cache, path, np.ones(size)) for size in (1, 4)]
     yield from value_error("mean is ndarray of float64 and shape", *wrong)
 
@@ -3749,7 +4158,7 @@ PARAMETERS = {  # parameter, or function.parameter: (a right value, rows of wron
     **dict.fromkeys(("final", "low", "high", "peak", "schedule"), (0.1, RATE)),
     **dict.fromkeys(("rate", "smoothing", "threshold", "scale", "stretch"), (0.1, BELOW_1)),
     **dict.fromkeys(("momentum", "beta1", "beta2", "decay"), (0.9, BELOW_1)),
-    **dict.fromkeys(("factor", "rise"), (0.1, SHARE)),
+    **dict.fromkeys(("factor", "rise", "flip"), (0.1, SHARE)),
     **dict.fromkeys(("exponential.decay", "update_statistics.momentum"), (0.1, SHARE)),
     **dict.fromkeys(("patience", "step"), (1, whole(0))),
     "index": (1, whole(0) + value_error(r"must be below 2\*\*32, got 42949672", 2**32, 2**32 + 1)),
@@ -3788,12 +4197,19 @@ PARAMETERS = {  # parameter, or function.parameter: (a right value, rows of wron
     **{f"{name}_pool2d.stride": (1, pair_of(1, None)) for name in ("max", "avg")},
     **{f"{name}_pool2d.padding": (1, pair_of(0) + value_error(HALF, (2, 1), (1, 2), 2))
        for name in ("max", "avg")},
-    "*layers": ((nn.relu(),), [((bad,), kind, f"0 {words}") for bad, kind, words in NO_LAYERS]),
-    "**named_layers": ({"a": nn.relu()}, [
+    **dict.fromkeys(("*layers", "*branches"), ((nn.relu(),), [
+        ((bad,), kind, f"0 {words}") for bad, kind, words in NO_LAYERS])),
+    **dict.fromkeys(("**named_layers", "**named"), ({"a": nn.relu()}, [
         *(({"a": bad}, kind, f"a {words}") for bad, kind, words in NO_LAYERS),
         *(({name: nn.relu()}, ValueError, f"a layer cannot be called '{name}'")
-          for name in ("0", "key", "statistics", "", "a/b")),
+          for name in ("key", "statistics", "", "a/b")),
+    ])),
+    "axis": (1, [
+        *type_error("must be a whole number, got", *NO_NUMBERS, 1.5),
+        *value_error("must be at least -64, got", -65), *value_error("axis must not be 0", 0),
     ]),
+    "weights": (np.array([1, 0.5]), no_weights),
+    "drop_last": (False, NO_BOOLS),
     **dict.fromkeys(("branch", "shortcut"), (nn.relu(), NO_LAYERS)),
     "training.params": ({}, dicts),
     "update_statistics.params": (RUNNING, no_running),
@@ -3838,7 +4254,8 @@ PARAMETERS = {  # parameter, or function.parameter: (a right value, rows of wron
         (bad, kind, f"^hinge: {words}") for bad, kind, words in no_labels(right)]),
     "data_parallel().target": (LABELS, lambda labels: [
         *type_error("target must be an array", None, [0, 2], np.array(0)),
-        *value_error("x has 2 samples, but target [13]$", labels[:1], np.zeros(3, int)),
+        *value_error("the numbers of samples differ, {'x': 2, 'target': [13]}$",
+                     labels[:1], np.zeros(3, int)),
     ]),
     "value_and_grad": (nn.value_and_grad(NET, nn.hinge), NO_GRADIENTS_OR_MAP),
     "map": (map, NO_GRADIENTS_OR_MAP),
@@ -3918,11 +4335,18 @@ def right_call(name, function):
 
 def called(function, arguments):
     """The result of a function for arguments by name, those with stars spread out."""
-    starred = [value for name, value in arguments.items() if name[:1] == "*" != name[1:2]]
-    named = {name: value for name, value in arguments.items() if not name.startswith("*")}
-    if starred:
-        return function(*named.values(), *starred[0], **arguments.get("**named_layers", {}))
-    return function(**named)
+    names, positional, options = list(arguments), [], {}
+    starred = [name for name in names if name[:1] == "*" != name[1:2]]
+    for name, value in arguments.items():
+        if name.startswith("**"):
+            options |= value
+        elif name in starred:
+            positional += value
+        elif starred and names.index(name) < names.index(starred[0]):
+            positional.append(value)
+        else:
+            options[name] = value
+    return function(*positional, **options)
 
 
 DEFAULTS = {
@@ -3932,12 +4356,13 @@ DEFAULTS = {
     "conv1d": [1, 0, 1, 1, nn.he_normal, True],
     "conv2d_transpose": [1, 0, 0, 1, 1, nn.he_normal, True],
     "max_pool2d": [None, 0], "avg_pool2d": [None, 0], "update_statistics": [0.1],
-    "softmax_cross_entropy": [0.0], "hinge": [1.0], "huber": [1.0], "sgd": [0.0, False, 0.0],
+    "softmax_cross_entropy": [0.0, None], "hinge": [1.0, None], "huber": [1.0, None],
+    "concatenate": [1], "batches": [False], "sgd": [0.0, False, 0.0],
     "adam": [1e-3, 0.9, 0.999, 1e-8, 0.0], "adamw": [1e-3, 0.9, 0.999, 1e-8, 0.01],
     "rmsprop": [0.01, 0.99, 1e-8, 0.0, 0.0], "adagrad": [0.01, 1e-10, 0.0],
     "adadelta": [1.0, 0.9, 1e-6, 0.0], "step_decay": [0.1], "multistep": [0.1], "cosine": [0.0],
     "one_cycle": [0.3], "reduce_on_plateau": [0.5, 10, 1e-3], "check_gradients": [1e-5, 0],
-    "augment": [2.0, 10.0, 0.1, 0.1, 0.0],
+    "augment": [2.0, 10.0, 0.1, 0.1, 0.0, 0.0],
 }  # fmt: skip
 
 
@@ -4102,7 +4527,8 @@ def test_every_argument_of_a_layer_is_refused_if_it_is_wrong(name, data):
             check(layer.init, (0, replaced(shape, path, bad)), kind, words)
     for path, leaf in leaves(x).items():
         for bad in no_arrays(leaf):
-            check(layer.forward, (params, replaced(x, path, bad)), TypeError, ".* must be ")
+            if path or name != "concatenate" or not isinstance(bad, dict):  # which is another input
+                check(layer.forward, (params, replaced(x, path, bad)), TypeError, ".* must be ")
         nothing = replaced(x, path, np.ones((), leaf.dtype))
         check(layer.forward, (params, nothing), ValueError, r".*: x must .*, got shape \(\)")
     for bad, kind, words, resized in wrong_params(params, LAYERS[name]):
@@ -4250,6 +4676,7 @@ def forward_of_ones(layer, shape, shapes):
     return layer.forward({name: np.ones(sizes) for name, sizes in shapes.items()}, np.ones(shape))
 
 
+TWO_INPUTS = nn.concatenate(a=nn.relu(), b=nn.relu())
 UNTYPED: Any = nn  # mypy would refuse what is refused here
 SENTENCES: list = [  # (call, exception, what is said)
     *((partial(forward_of_ones, *row), ValueError, f"{name_of(row[0].forward)}: {words}")
@@ -4268,11 +4695,42 @@ SENTENCES: list = [  # (call, exception, what is said)
     (lambda: nn.save("x.npz", nn.training({}, 0)), ValueError,
      "save: params hold a key; save the plain params, not training(...)"),
     (lambda: UNTYPED.linear(2.5), TypeError, "linear: out must be a whole number, got 2.5"),
+    (lambda: nn.sequential(nn.relu(), **{"0": nn.relu()}), ValueError,
+     "sequential: a layer cannot be called '0'"),
     (lambda: UNTYPED.sequential(3), TypeError, "sequential: 0 must be a layer, but 3 has no init"),
     (lambda: UNTYPED.sequential(types.SimpleNamespace(init=print)), TypeError,
      "sequential: 0 must be a layer, but SimpleNamespace has no forward"),
     (lambda: UNTYPED.value_and_grad(None, nn.hinge), TypeError,
      "value_and_grad: net must be a layer, but None has no forward"),
+    *((constructor, ValueError, f"{constructor.__name__}: expected at least one layer")
+      for constructor in (nn.concatenate, nn.heads)),
+    *((partial(nn.concatenate(nn.relu(), layer, axis=axis).init, 0, shape), ValueError,
+       f"concatenate: outputs do not fit along axis {axis}: {{'0': {first}, '1': {second}}}")
+      for layer, axis, shape, first, second in [
+          (nn.flatten(), 1, (2, 3), ("N", 2, 3), ("N", 6)),
+          (nn.linear(2), 1, (4, 3), ("N", 4, 3), ("N", 4, 2)),
+          (nn.relu(), -2, (3,), ("N", 3), ("N", 3)),
+          (nn.relu(), 2, (3,), ("N", 3), ("N", 3)),
+          (nn.heads(a=nn.relu()), 1, (3,), ("N", 3), {"a": (3,)}),
+      ]),
+    (lambda: TWO_INPUTS.init(0, {"a": (3,)}), ValueError,
+     "concatenate: shape has ['a'], expected ['a', 'b']"),
+    (lambda: TWO_INPUTS.forward({}, {"a": Z, "c": Z}), ValueError,
+     "concatenate: x has ['a', 'c'], expected ['a', 'b']"),
+    (lambda: TWO_INPUTS.forward({}, {"a": Z, "b": Z[:1]}), ValueError,
+     "concatenate: outputs do not fit along axis 1: {'a': (2, 3), 'b': (1, 3)}"),
+    (lambda: TWO_INPUTS.backward({}, {"a": Z, "b": Z}, Z), ValueError,
+     "concatenate: cache has ['a', 'b'], expected ['a', 'axis', 'b']"),
+    (lambda: nn.heads(a=nn.relu()).backward({}, {"a": Z}, Z), ValueError,
+     "heads: dy has ndarray of float64 and shape (2, 3), expected ['a']"),
+    (lambda: nn.heads(a=nn.relu(), b=nn.relu()).backward({}, {"a": Z, "b": Z}, {"a": Z}),
+     ValueError, "heads: dy has ['a'], expected ['a', 'b']"),
+    (lambda: nn.linear(3).init(0, {"a": (3,)}), TypeError,
+     "linear: shape must be a tuple without the batch axis, got dict"),
+    (lambda: nn.batches(4, 5, 0, drop_last=True), ValueError,
+     "batches: 4 samples make no whole batch of 5"),
+    (lambda: nn.update_statistics({"0": {"mean": Z}}, {"1": {"statistics": {"mean": Z}}}),
+     ValueError, "update_statistics: the cache has statistics of 'mean', which params lack"),
     (lambda: nn.softmax_cross_entropy(Z, np.array([0, 3])), ValueError,
      "softmax_cross_entropy: labels must be from 0 to 2, got 0 to 3"),
     (lambda: nn.softmax_cross_entropy(Z, np.ones((1, 3))), ValueError,
