@@ -1439,7 +1439,7 @@ def _recurrent_start(params: Tree, x: Array, order: int) -> tuple[Array, Array, 
     a = x[:, ::order].swapaxes(0, 1).reshape(-1, D) @ W.swapaxes(0, 1)
     a += b.swapaxes(0, 1)
     h = np.zeros((T + 1, N, units), x.dtype)
-    return h[1:].swapaxes(0, 1)[:, ::order], h, a.reshape(-1, T, N, units), U.swapaxes(0, 1)
+    return h[1:].swapaxes(0, 1)[:, ::order], h, a.reshape(len(a), T, N, units), U.swapaxes(0, 1)
 
 
 def _recurrent_gradients(
