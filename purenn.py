@@ -36,7 +36,6 @@ from functools import lru_cache, partial, wraps
 from typing import IO, Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 __version__ = "0.1.0"
@@ -1665,9 +1664,10 @@ def _pair(where: str, name: str, value: Any, minimum: int) -> Pair:
 
 
 class _Windows(NamedTuple):
-    """How windows move over an image; what is padded below and to the right follows from counts."""
+    """How windows move over an image, down and across."""
 
-    counts: Pair  # windows below and beside each other
+    size: Pair
+    counts: Pair  # what is padded below and to the right follows from it
     stride: Pair
     before: Pair  # pixels of padding above and to the left; negative ones leave pixels out
     dilation: Pair = (1, 1)
@@ -1686,146 +1686,191 @@ def _windows(
             f" but the padded image has {height} x {width}"
         )
     counts = (height - tall) // stride[0] + 1, (width - wide) // stride[1] + 1
-    return _Windows(counts, stride, (above, left), dilation)
+    return _Windows((size[0], size[1]), counts, stride, (above, left), dilation)
 
 
-def _overlap(tap: int, length: int, windows: _Windows, axis: int) -> tuple[slice, slice]:
-    """The windows that have a pixel and no padding under their tap, and these pixels.
-
-    Along one axis (0 down, 1 across) of `length` pixels, window w has there the pixel
-    w · stride + tap · dilation - before.
-    """
-    stride = windows.stride[axis]
-    offset = tap * windows.dilation[axis] - windows.before[axis]
-    first = max(0, -(offset // stride))
-    last = min(windows.counts[axis], (length - 1 - offset) // stride + 1)
-    if first >= last:
-        return slice(0, 0), slice(0, 0)
-    start = first * stride + offset
-    return slice(first, last), slice(start, start + (last - first - 1) * stride + 1, stride)
+def _overlap(count: int, step: int, offset: int, length: int) -> tuple[slice, slice]:
+    """The i < count for which i · step + offset is one of `length` pixels, and these pixels."""
+    first = max(0, -(offset // step))
+    last = max(first, min(count, (length - 1 - offset) // step + 1))
+    start = first * step + offset
+    return slice(first, last), slice(start, start + (last - first) * step, step)
 
 
-def _unfold(rows: Array, taps: int, windows: _Windows, groups: int) -> Array:
-    """A copy of the image for each kernel column: (groups, H, C/groups, taps, Wo, N).
+def _taps(windows: _Windows, length: int, axis: int) -> list[tuple[slice, slice]]:
+    """For each tap along an axis of `length` pixels: (windows that have a pixel there, these)."""
+    size, count, stride, before, dilation = (both[axis] for both in windows)
+    return [_overlap(count, stride, i * dilation - before, length) for i in range(size)]
 
-    Place j holds for each window across the pixel under the kernel's column j.
-    """
+
+def _padded(rows: Array, windows: _Windows, top: int, height: int, step: int = 1) -> Array:
+    """The rows top, top + step, ... of an image in its padding; no copy where none is needed."""
     H, C, W, N = rows.shape
-    count, stride, before, dilation = (both[1] for both in windows)
-    width = (count - 1) * stride + (taps - 1) * dilation + 1
-    if before or width > W:
-        padded = np.zeros((H, C, width, N), rows.dtype)
-        padded[:, :, before : before + W] = rows[:, :, : max(0, width - before)]
-        rows = padded
-    row, channel, pixel, item = rows.strides
-    shape = (H, groups, C // groups, taps, count, N)
-    strides = (row, channel * (C // groups), channel, pixel * dilation, pixel * stride, item)
-    return np.ascontiguousarray(as_strided(rows, shape, strides, writeable=False).swapaxes(0, 1))
+    kw, count, stride, left, dilation = (both[1] for both in windows)
+    width = (count - 1) * stride + (kw - 1) * dilation + 1
+    if width <= W and left == 0 and step == 1 and 0 <= top <= H - height:
+        return rows[top : top + height]
+    padded = np.zeros((height, C, width, N), rows.dtype)
+    lines, inside = _overlap(height, step, top, H)
+    columns, pixels = _overlap(width, 1, -left, W)
+    padded[lines, :, columns] = rows[inside, :, pixels]
+    return padded
 
 
-def _fold(columns: Array, width: int, windows: _Windows) -> Array:
-    """The adjoint of `_unfold`, for gradients: every pixel's sum over its copies, as rows."""
-    groups, H, channels, taps, _, N = columns.shape
-    rows = np.zeros((groups, H, channels, width, N), columns.dtype)
-    for j in range(taps):
-        covering, pixels = _overlap(j, width, windows, 1)
-        rows[:, :, :, pixels] += columns[:, :, :, j, covering]
-    return rows.swapaxes(0, 1).reshape(H, groups * channels, width, N)
+def _view(buffer: Array, shape: Shape, strides: Shape, offset: int = 0) -> Array:
+    """A contiguous buffer seen with other strides (as_strided takes ten times as long)."""
+    return np.ndarray(shape, buffer.dtype, buffer, 0 if 0 in shape else offset, strides)
 
 
-def _spans(H: int, taps: int, windows: _Windows) -> Iterator[tuple[slice, slice]]:
-    """(rows of windows, the kernel rows under which these have rows of the image), all of them.
-
-    Kernel rows are taken together where they lie side by side; with dilation each is its own.
-    """
-    count, stride, before, dilation = (both[0] for both in windows)
-    if dilation > 1:
-        yield from ((_overlap(i, H, windows, 0)[0], slice(i, i + 1)) for i in range(taps))
-        return
-    start = min(count, max(0, -(-before // stride)))  # from here to stop all rows are inside
-    stop = max(start, min(count, (H - taps + before) // stride + 1))
-    over_border = [(w, w + 1) for w in (*range(start), *range(stop, count))]
-    for first, last in [(start, stop)] * (start < stop) + over_border:
-        top = first * stride - before
-        yield slice(first, last), slice(max(0, -top), max(0, -top, min(taps, H - top)))
+def _unfold(padded: Array, windows: _Windows, groups: int) -> Array:
+    """What each kernel column meets in padded rows: (groups, rows, C/groups, kw, Wo, N)."""
+    height, C, _, N = padded.shape
+    kw, count, stride, _, dilation = (both[1] for both in windows)
+    row, channel, pixel, item = padded.strides
+    shape = (groups, height, C // groups, kw, count, N)
+    strides = (C // groups * channel, row, channel, pixel * dilation, pixel * stride, item)
+    return np.ascontiguousarray(_view(padded, shape, strides))
 
 
-def _blocks(buffer: Array, taps: int, windows: _Windows) -> Iterator[tuple[slice, slice, Array]]:
-    """What the rows of windows cover: (these rows, kernel rows, a matrix for each window).
-
-    In a contiguous buffer (groups, H, channels, pixels) the rows that a window covers lie one
-    after the other: without a copy they are a matrix (kernel rows·channels, pixels).
-    """
-    groups, H, channels, pixels = buffer.shape
-    stride, before, dilation = windows.stride[0], windows.before[0], windows.dilation[0]
-    line = pixels * buffer.itemsize
-    row = channels * line
-    strides = (H * row, stride * row, line, buffer.itemsize)
-    for covering, taken in _spans(H, taps, windows):
-        lines = (taken.stop - taken.start) * channels
-        shape = (groups, covering.stop - covering.start, lines, pixels)
-        first = covering.start * stride + taken.start * dilation - before
-        offset = first * row if 0 not in shape else 0
-        yield covering, taken, np.ndarray(shape, buffer.dtype, buffer, offset, strides)
-
-
-def _correlate(buffer: Array, weights: Array, windows: _Windows) -> Array:
-    """Σ over kernel rows of weights (groups, kernel rows, out, channels) · the rows they cover.
-
-    The buffer is (groups, H, channels, pixels), the result (groups, windows below, out, pixels).
-    """
-    groups, taps, out, _ = weights.shape
-    weights = weights.swapaxes(1, 2)
-    count, dilated = windows.counts[0], windows.dilation[0] > 1
-    y = np.empty((groups, count, out, buffer.shape[3]), buffer.dtype)
-    if dilated:
-        y[...] = 0
-    for covering, taken, matrices in _blocks(buffer, taps, windows):
-        matrix = weights[:, :, taken].reshape(groups, 1, out, matrices.shape[2])
-        if dilated:
-            y[:, covering] += np.matmul(matrix, matrices)
+@lru_cache(maxsize=256)  # the same shapes recur at every step
+def _spans(height: int, windows: _Windows, start: int, stop: int) -> list[tuple[slice, slice]]:
+    """Rows of windows from start to stop: (these, the kernel rows that they have in the image)."""
+    kh, _, stride, above, dilation = (both[0] for both in windows)
+    spans: list[tuple[slice, slice]] = []
+    for row in range(start, stop):
+        top = row * stride - above
+        first = max(0, -(top // dilation))
+        taps = slice(first, max(first, min(kh, (height - 1 - top) // dilation + 1)))
+        if spans and spans[-1][1] == taps:
+            spans[-1] = slice(spans[-1][0].start, row + 1), taps
         else:
-            np.matmul(matrix, matrices, out=y[:, covering])
-    return y
+            spans.append((slice(row, row + 1), taps))
+    return spans
 
 
-def _kernel_rows(kernel: Array, groups: int) -> Array:
-    """kernel (out, C/groups, kh, kw) as (groups, kh, out/groups, C/groups·kw)."""
-    out, channels, kh, kw = kernel.shape
-    parts = kernel.reshape(groups, out // groups, channels, kh, kw).transpose(0, 3, 1, 2, 4)
-    return parts.reshape(groups, kh, out // groups, channels * kw)
+_BLOCK = 1 << 22  # bytes that are unfolded at a time; larger blocks take more memory, not less time
+_NARROW = 64  # columns of a matrix; narrower ones are worth a copy that lays them side by side
 
 
-def _kernel_gradient(buffer: Array, dy: Array, taps: int, windows: _Windows) -> Array:
-    """Σ over rows of the rows they cover · dy (groups, Ho, out, pixels): (groups, kh, ..., out)."""
-    (groups, _, channels, _), out = buffer.shape, dy.shape[2]
-    dW = np.zeros((groups, taps, channels, out), buffer.dtype)
-    at_once = max(1, buffer.size // dW.size)  # the products of so many rows take no more memory
-    for covering, taken, matrices in _blocks(buffer, taps, windows):
-        right = dy[:, covering].swapaxes(2, 3)  # on this side BLAS is up to 1.7 times faster
-        for first in range(0, matrices.shape[1], at_once):
-            part = slice(first, first + at_once)
-            product = np.matmul(matrices[:, part], right[:, part]).sum(axis=1)
-            dW[:, taken] += product.reshape(dW[:, taken].shape)
-    return dW
+def _by_windows(
+    rows: Array, windows: _Windows, groups: int
+) -> Iterator[tuple[slice, slice, Array]]:
+    """Some rows of windows at a time: (these, kernel rows, the pixels under them).
 
-
-def _columns_gradient(dy: Array, kernel_rows: Array, H: int, windows: _Windows) -> Array:
-    """The gradient of the unfolded image, (groups, H, C/groups·kw, pixels).
-
-    At stride 1 it is dy (groups, Ho, out, pixels) correlated with the kernel rows in reverse; else
-    each kernel row adds its part to the rows under it.
+    The pixels are (groups, rows, kernel rows·C/groups·kw, Wo·N), a matrix for each row. Where
+    windows overlap so do the matrices: only dilated kernel rows are copied. Narrow matrices come
+    side by side, (groups, 1, kh·C/groups·kw, rows·Wo·N).
     """
-    groups, taps, _, channels = kernel_rows.shape
-    turned = kernel_rows.swapaxes(2, 3)
-    if windows.stride[0] == windows.dilation[0] == 1:
-        before = taps - 1 - windows.before[0]
-        return _correlate(dy, turned[:, ::-1], _Windows((H, 1), (1, 1), (before, 0)))
-    gradient = np.zeros((groups, H, channels, dy.shape[3]), dy.dtype)
-    for i in range(taps):
-        covering, rows = _overlap(i, H, windows, 0)
-        gradient[:, rows] += np.matmul(turned[:, i, None], dy[:, covering])
-    return gradient
+    (H, C, _, N), (kh, kw), (Ho, Wo) = rows.shape, windows.size, windows.counts
+    stride, above, dilation = windows.stride[0], windows.before[0], windows.dilation[0]
+    channels, pixels, tall = C // groups, Wo * N, dilation * (kh - 1) + 1
+    narrow = pixels < _NARROW
+    fit = _BLOCK // max(1, C * kw * pixels * rows.itemsize * (kh if narrow else 1))
+    step = max(1, (fit - tall) // stride + 1)
+    for start in range(0, Ho, step):
+        stop = min(Ho, start + step)
+        top, bottom = start * stride - above, (stop - 1) * stride - above + tall
+        if narrow:
+            padded = _padded(rows, windows, top, bottom - top)
+            row, channel, pixel, item = padded.strides
+            shape: Shape = (groups, kh, channels, kw, stop - start, Wo, N)
+            strides: Shape = (channels * channel, dilation * row, channel)
+            strides += (windows.dilation[1] * pixel, stride * row, windows.stride[1] * pixel, item)
+            size = (groups, 1, kh * channels * kw, (stop - start) * pixels)
+            yield slice(start, stop), slice(0, kh), _view(padded, shape, strides).reshape(size)
+            continue
+        top, bottom = max(0, top), min(H, bottom)
+        columns = _unfold(_padded(rows, windows, top, max(0, bottom - top)), windows, groups)
+        group, row, *inner = columns.strides
+        for below, taps in _spans(H, windows, start, stop):
+            count, covered = below.stop - below.start, taps.stop - taps.start
+            shape = (groups, count, covered, *columns.shape[2:])
+            strides = (group, stride * row, dilation * row, *inner)
+            offset = (below.start * stride + taps.start * dilation - above - top) * row
+            matrices = _view(columns, shape, strides, offset)
+            yield below, taps, matrices.reshape(groups, count, covered * channels * kw, pixels)
+
+
+def _correlate(rows: Array, W: Array, windows: _Windows, groups: int, y: Array) -> None:
+    """Write y (Ho, out, Wo, N) = W (out, C/groups, kh, kw) · the pixels under each window."""
+    (Ho, out, Wo, N), (_, channels, kh, kw) = y.shape, W.shape
+    own = out // groups
+    kernel = W.reshape(groups, own, channels, kh, kw).swapaxes(2, 3)
+    y = y.reshape(Ho, groups, own, Wo * N).swapaxes(0, 1)
+    for below, taps, x in _by_windows(rows, windows, groups):
+        part, (_, _, size, pixels) = y[:, below], x.shape
+        matrix = np.ascontiguousarray(kernel[:, :, taps]).reshape(groups, 1, own, size)
+        if pixels == Wo * N:
+            np.matmul(matrix, x, out=part)
+        else:
+            product = np.matmul(matrix, x).reshape(groups, own, part.shape[1], Wo * N)
+            part[...] = product.swapaxes(1, 2)
+
+
+def _correlate_kernel(
+    rows: Array, drows: Array, shape: Shape, windows: _Windows, groups: int
+) -> Array:
+    """dW of this shape (out, C/groups, kh, kw) = dy (Ho, out, Wo, N) · the pixels under it."""
+    (out, channels, kh, kw), (Ho, _, Wo, N) = shape, drows.shape
+    own = out // groups
+    dy = drows.reshape(Ho, groups, own, Wo * N).transpose(1, 2, 0, 3)
+    dW = np.zeros((groups, kh, channels * kw, own), dy.dtype)
+    for below, taps, x in _by_windows(rows, windows, groups):
+        count, pixels = x.shape[1], x.shape[3]
+        right = dy[:, :, below].reshape(groups, own, count, pixels).transpose(0, 2, 3, 1)
+        few = max(1, x.nbytes // dW.nbytes)  # so many products take no more memory than x
+        for r in range(0, count, few):
+            # x is on the left: there BLAS is up to 1.7 times faster.
+            product = np.matmul(x[:, r : r + few], right[:, r : r + few]).sum(axis=1)
+            dW[:, taps] += product.reshape(groups, -1, channels * kw, own)
+    dW = dW.reshape(groups, kh, channels, kw, own).transpose(0, 4, 2, 1, 3)
+    return np.ascontiguousarray(dW).reshape(shape)
+
+
+def _phases(length: int, windows: _Windows) -> Iterator[tuple[slice, list[int], Shape]]:
+    """Pixel rows that meet the same kernel rows: (these pixels, these in reverse, windows).
+
+    Row h of the image lies under kernel row i of window r where h = r · stride + i · dilation -
+    above. So pixels that are `stride` apart see dy as windows of stride 1 would.
+    """
+    size, _, stride, above, dilation = (both[0] for both in windows)
+    for first in range(min(stride, length)):
+        taps = [i for i in range(size) if (first + above - i * dilation) % stride == 0]
+        if taps:
+            apart = (taps[1] - taps[0]) * dilation // stride if len(taps) > 1 else 1
+            before = (taps[-1] * dilation - above - first) // stride
+            pixels = range(first, length, stride)
+            down = len(taps), len(pixels), 1, before, apart
+            yield slice(first, length, stride), taps[::-1], down
+
+
+def _correlate_transposed(
+    drows: Array, W: Array, shape: Shape, windows: _Windows, groups: int
+) -> Array:
+    """dx of this shape (H, C, W, N), the adjoint of `_correlate` in x: dy meets the turned W."""
+    (H, C, width, N), (out, channels, kh, kw), Wo = shape, W.shape, windows.counts[1]
+    _, _, stride, left, dilation = (both[1] for both in windows)
+    kernel = W.reshape(groups, out // groups, channels, kh, kw).swapaxes(1, 2)
+    fold = stride > 1 or (kw > 1 and out > C)
+    if fold:  # a channel for each kernel column, added up below: less than to unfold dy
+        kernel = np.moveaxis(kernel, 4, 2).reshape(C * kw, out // groups, kh, 1)
+        across: Shape = (1, Wo, 1, 0, 1)
+    else:
+        kernel = kernel[..., ::-1].reshape(C, out // groups, kh, kw)
+        across = kw, width, 1, dilation * (kw - 1) - left, dilation
+    every_row_is_written = windows.stride[0] == 1
+    make = np.empty if every_row_is_written else np.zeros
+    parts = make((H, len(kernel), across[1], N), drows.dtype)
+    for pixels, taps, down in _phases(H, windows):
+        moves = _Windows(*zip(down, across, strict=True))
+        _correlate(drows, kernel[:, :, taps], moves, groups, parts[pixels])
+    if not fold:
+        return parts
+    dx = np.zeros(shape, drows.dtype)
+    columns = parts.reshape(H, C, kw, Wo, N)
+    for j, (covering, pixels) in enumerate(_taps(windows, width, 1)):
+        dx[:, :, pixels] += columns[:, :, j, covering]
+    return dx
 
 
 _CONV2D = _Form(**_IMAGES, y="", W="out in kh kw", b_="out")
@@ -1867,11 +1912,9 @@ def conv2d_forward(
     """
     W = params["W"]
     windows = _conv2d_windows(x, W, groups, stride=stride, padding=padding, dilation=dilation)
-    N, (Ho, Wo) = len(x), windows.counts
-    buffer = _unfold(_rows_first(x), W.shape[3], windows, groups)
-    buffer = buffer.reshape(groups, x.shape[2], W.shape[1] * W.shape[3], Wo * N)
-    y = _correlate(buffer, _kernel_rows(W, groups), windows)
-    y = y.swapaxes(0, 1).reshape(Ho, len(W), Wo, N)
+    Ho, Wo = windows.counts
+    y = np.empty((Ho, len(W), Wo, len(x)), x.dtype)
+    _correlate(_rows_first(x), W, windows, groups, y)
     if "b" in params:
         y += params["b"][:, None, None]
     return _batch_first(y), x
@@ -1896,22 +1939,13 @@ def conv2d_backward(
     x, W = cache, params["W"]
     windows = _conv2d_windows(x, W, groups, stride=stride, padding=padding, dilation=dilation)
     dy = _gradient("conv2d", dy, (len(x), len(W), *windows.counts), x.dtype)
-    (N, _, H, width), (Ho, Wo), (out, channels, kh, kw) = x.shape, windows.counts, W.shape
-    drows = _rows_first(dy).reshape(Ho, groups, out // groups, Wo * N).swapaxes(0, 1)
-    buffer = _unfold(_rows_first(x), kw, windows, groups)
-    buffer = buffer.reshape(groups, H, channels * kw, Wo * N)
-    dW = _kernel_gradient(buffer, drows, kh, windows)
-    del buffer  # so that it and its gradient are never both in memory
-    dW = dW.reshape(groups, kh, channels, kw, out // groups).transpose(0, 4, 2, 1, 3)
-    grads = {"W": np.ascontiguousarray(dW).reshape(W.shape)}
+    rows, drows = _rows_first(x), _rows_first(dy)
+    grads = {"W": _correlate_kernel(rows, drows, W.shape, windows, groups)}
     if "b" in params:
         grads["b"] = _channel_sums(dy)
     if not need_dx:
         return None, grads
-    dcolumns = _columns_gradient(
-        np.ascontiguousarray(drows), _kernel_rows(W, groups), H, windows
-    ).reshape(groups, H, channels, kw, Wo, N)
-    return _batch_first(_fold(dcolumns, width, windows)), grads
+    return _batch_first(_correlate_transposed(drows, W, rows.shape, windows, groups)), grads
 
 
 @_constructor
@@ -1969,14 +2003,13 @@ def _axis_index(axis: int, pixels: slice) -> tuple[slice, ...]:
 
 
 def _pool_axis(
-    combine: np.ufunc, outside: float, rows: Array, size: Pair, windows: _Windows, axis: int
+    combine: np.ufunc, outside: float, rows: Array, windows: _Windows, axis: int
 ) -> Array:
     """What each window covers along one axis, combined; padding counts as `outside`."""
     shape = list(rows.shape)
     shape[2 * axis] = windows.counts[axis]
     y = np.empty(shape, rows.dtype)
-    for tap in range(size[axis]):
-        covering, pixels = _overlap(tap, rows.shape[2 * axis], windows, axis)
+    for tap, (covering, pixels) in enumerate(_taps(windows, rows.shape[2 * axis], axis)):
         part, covered = y[_axis_index(axis, covering)], rows[_axis_index(axis, pixels)]
         if tap:
             combine(part, covered, out=part)
@@ -1987,22 +2020,19 @@ def _pool_axis(
     return y
 
 
-def _to_largest(
-    rows: Array, y: Array, dy: Array, size: Pair, windows: _Windows, axis: int
-) -> Array:
+def _to_largest(rows: Array, y: Array, dy: Array, windows: _Windows, axis: int) -> Array:
     """dy of each window, given to the first pixel that has the window's maximum y."""
     dx = np.zeros(rows.shape, rows.dtype)
     left = dy
-    for tap in range(size[axis]):
-        covering, pixels = _overlap(tap, rows.shape[2 * axis], windows, axis)
+    for tap, (covering, pixels) in enumerate(_taps(windows, rows.shape[2 * axis], axis)):
         window, pixel = _axis_index(axis, covering), _axis_index(axis, pixels)
         given = left[window]
-        if tap < size[axis] - 1:  # what is left then is the last one's
+        if tap < windows.size[axis] - 1:  # what is left then is the last one's
             given = (rows[pixel] == y[window]).astype(dy.dtype)
             given *= left[window]
             left = left.copy() if tap == 0 else left
             left[window] -= given
-        if windows.stride[axis] < size[axis]:
+        if windows.stride[axis] < windows.size[axis]:
             dx[pixel] += given
         else:
             dx[pixel] = given
@@ -2049,8 +2079,8 @@ def max_pool2d_forward(params: Tree, x: Array, *, size: Pair, **options: Any) ->
     x (N, C, H, W), y (N, C, Ho, Wo); padding counts as -inf.
     """
     windows = _windows("max_pool2d", x.shape[2:], size, **options)
-    across = _pool_axis(np.maximum, -np.inf, _rows_first(x), size, windows, 1)
-    y = _batch_first(_pool_axis(np.maximum, -np.inf, across, size, windows, 0))
+    across = _pool_axis(np.maximum, -np.inf, _rows_first(x), windows, 1)
+    y = _batch_first(_pool_axis(np.maximum, -np.inf, across, windows, 0))
     return y, {"x": x, "across": _batch_first(across), "y": y}
 
 
@@ -2067,8 +2097,8 @@ def max_pool2d_backward(
     H, C, W, N = x.shape
     windows = _windows("max_pool2d", (H, W), size, **options)
     dy = _gradient("max_pool2d", dy, (N, C, *windows.counts), x.dtype)
-    dacross = _to_largest(across, y, _rows_first(dy), size, windows, 0)
-    return _batch_first(_to_largest(x, across, dacross, size, windows, 1)), {}
+    dacross = _to_largest(across, y, _rows_first(dy), windows, 0)
+    return _batch_first(_to_largest(x, across, dacross, windows, 1)), {}
 
 
 @_constructor
@@ -2092,8 +2122,8 @@ def avg_pool2d_forward(
     x (N, C, H, W), y (N, C, Ho, Wo); padding counts as zeros.
     """
     windows = _windows("avg_pool2d", x.shape[2:], size, **options)
-    across = _pool_axis(np.add, 0.0, _rows_first(x), size, windows, 1)
-    y = _pool_axis(np.add, 0.0, across, size, windows, 0)
+    across = _pool_axis(np.add, 0.0, _rows_first(x), windows, 1)
+    y = _pool_axis(np.add, 0.0, across, windows, 0)
     y *= 1 / math.prod(size)
     return _batch_first(y), x
 
@@ -2111,8 +2141,7 @@ def avg_pool2d_backward(
         drows, shape = dx, list(dx.shape)
         shape[2 * axis] = x.shape[2 + axis]
         dx = np.zeros(shape, x.dtype)
-        for tap in range(size[axis]):
-            covering, pixels = _overlap(tap, x.shape[2 + axis], windows, axis)
+        for covering, pixels in _taps(windows, x.shape[2 + axis], axis):
             dx[_axis_index(axis, pixels)] += drows[_axis_index(axis, covering)]
     return _batch_first(dx), {}
 

@@ -5,8 +5,9 @@
     /tmp/mutants/bin/python .ci/mutants.py [--only conv2d_forward] [--sample 500] [--jobs 2]
 
 Every mutant that cosmic-ray makes is tested with the tests that run its lines, quick and specific
-ones first, until one fails or takes far too long. Mutants that do not compile, or that change
-nothing that is evaluated (annotations), do not count.
+ones first, until one fails or takes far too long; a signature, which only the import runs, with
+all quick tests as well. Mutants that do not compile, or that change nothing that is evaluated
+(annotations), do not count.
 
 A pytest for each mutant would take hours. Instead, one that has collected the tests and run them
 once is forked for each, and the fork swaps in the mutant's code. Only what is run by the import
@@ -44,7 +45,7 @@ import tempfile
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -274,14 +275,24 @@ class Trial:
 
     def tests_of(self, mutant: Mutant) -> list[str]:
         """The tests that run the changed lines, in order, as many as the budget has time for."""
-        for lines in (mutant.lines, mutant.statement):
-            names = set().union(*(self.covering.get(n, ()) for n in range(lines[0], lines[1] + 1)))
-            if names:
-                break
         recent = self.killers[mutant.name]  # what killed its neighbours may well kill it
-        ordered = sorted(names or self.items, key=lambda n: (n not in recent, self.price[n]))
-        spent = itertools.accumulate(self.seconds[name] for name in ordered)
-        return [name for name, sum_ in zip(ordered, spent, strict=True) if sum_ <= self.budget]
+
+        def order(name: str) -> tuple[bool, float]:
+            return name not in recent, self.price[name]
+
+        def affordable(names: Iterable[str]) -> list[str]:
+            ordered = sorted(names, key=order)
+            spent = itertools.accumulate(self.seconds[name] for name in ordered)
+            return [name for name, sum_ in zip(ordered, spent, strict=True) if sum_ <= self.budget]
+
+        changed, statement = (
+            set().union(*(self.covering.get(n, ()) for n in range(first, last + 1)))
+            for first, last in (mutant.lines, mutant.statement)
+        )
+        if changed:
+            return affordable(changed)
+        # Only the import runs a signature, but any test may look at it.
+        return sorted({*affordable(statement), *affordable(self.items)}, key=order)
 
     def killer(self, mutant: Mutant) -> str | None:
         """The test that fails, "time" or an error; None if the mutant survives."""

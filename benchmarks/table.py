@@ -5,8 +5,10 @@
 float32, two threads. Ratios are to PyTorch eager in the faster of its memory formats. A step is
 `value_and_grad`, `optimizer.step` and `update_statistics`, and `zero_grad`, loss, `backward`,
 `optimizer.step` and `loss.item()`; forward + backward also computes the gradient of the input, in
-the faster of two memory orders in either library. With --plot, steps of growing size are measured
-instead of the table, and drawn.
+the faster of two memory orders in either library. Two workers are Python threads with one BLAS
+thread each, and half of the batch: a step is `data_parallel`'s; elsewhere the gradients are added
+up, those of the input stay in two halves, and outputs are joined. With --plot, steps of growing
+size are measured instead of the table, and drawn.
 """
 
 from __future__ import annotations
@@ -180,20 +182,21 @@ ENGINES = {  # engine: threads of BLAS or PyTorch
     "purenn": 2,
     "purenn reordered": 2,
     "purenn workers": 1,
+    "purenn workers reordered": 1,
 }
 TORCH = ("torch", "torch reordered")
 PLAIN = ("purenn", "purenn reordered")
-WORKERS = ("purenn workers",)
+WORKERS = ("purenn workers", "purenn workers reordered")
 LEARNING_RATE = 1e-6  # thousands of steps on one batch leave the network, and its cost, as it is
 
 
 def measures(engine: str, workload: Workload) -> bool:
     """Whether an engine has anything of its own to measure here."""
-    if engine in WORKERS:
-        return workload.does == "step" and workload.batch > 1
-    if engine == "torch reordered":
-        return len(workload.shape) == 3
-    return engine != "purenn reordered" or workload.does == "gradients"
+    if engine in WORKERS and workload.batch == 1:
+        return False
+    if engine.endswith("reordered"):
+        return len(workload.shape) == 3 and (engine in TORCH or workload.does == "gradients")
+    return True
 
 
 def batch_of(workload: Workload) -> tuple[Any, Any]:
@@ -211,6 +214,22 @@ def purenn_gradients(net: Any, params: Any, x: Any, dy: Any) -> Any:
     return net.backward(params, cache, dy)
 
 
+def gradients_of_parts(
+    nn: Any, map_parts: Callable, net: Any, params: Any, xs: Any, dys: Any
+) -> Any:
+    """The dx of every part of a batch, and the sum of their grads."""
+    results = map_parts(partial(purenn_gradients, net, params), xs, dys)
+    dxs, grads = zip(*results, strict=True)
+    return dxs, nn.tree_add(*grads)
+
+
+def outputs_of_parts(map_parts: Callable, net: Any, params: Any, xs: Any) -> Any:
+    """The outputs for all parts of a batch, in one array."""
+    import numpy as np
+
+    return np.concatenate([y for y, _ in map_parts(partial(net.forward, params), xs)])
+
+
 def purenn_case(workload: Workload, engine: str) -> Callable[[], object]:
     """Reordered: x lies in memory as a convolution of purenn would hand it on."""
     import numpy as np
@@ -219,20 +238,26 @@ def purenn_case(workload: Workload, engine: str) -> Callable[[], object]:
     x, labels = batch_of(workload)
     net = workload.network(nn)
     params, _ = net.init(0, workload.shape)
-    if engine == "purenn reordered":
+    map_parts = ThreadPoolExecutor(2).map
+    if workload.does == "step":
+        gradients = nn.value_and_grad(net, nn.softmax_cross_entropy)
+        if engine in WORKERS:
+            gradients = nn.data_parallel(gradients, 2, map_parts)
+        sgd = partial(nn.sgd, momentum=0.9)
+        optimizer = {"sgd": sgd, "adam": nn.adam}[workload.optimizer](LEARNING_RATE)
+        return purenn_step(nn, net, workload.shape, gradients, optimizer, (x, labels))
+    xs = np.split(x, 2) if engine in WORKERS else [x]
+    if engine.endswith("reordered"):
         before = nn.conv2d(workload.shape[0], 1)
-        x, _ = before.forward(before.init(0, workload.shape)[0], x)
-    if workload.does == "forward":
-        return partial(net.forward, params, x)
-    if workload.does == "gradients":
-        y, _ = net.forward(params, x)
-        return partial(purenn_gradients, net, params, x, np.ones_like(y))
-    gradients = nn.value_and_grad(net, nn.softmax_cross_entropy)
+        xs = [before.forward(before.init(0, workload.shape)[0], part)[0] for part in xs]
+    dys = [np.ones_like(net.forward(params, part)[0]) for part in xs]
+    if engine in WORKERS and workload.does == "forward":
+        return partial(outputs_of_parts, map_parts, net, params, xs)
     if engine in WORKERS:
-        gradients = nn.data_parallel(gradients, 2, ThreadPoolExecutor(2).map)
-    sgd = partial(nn.sgd, momentum=0.9)
-    optimizer = {"sgd": sgd, "adam": nn.adam}[workload.optimizer](LEARNING_RATE)
-    return purenn_step(nn, net, workload.shape, gradients, optimizer, (x, labels))
+        return partial(gradients_of_parts, nn, map_parts, net, params, xs, dys)
+    if workload.does == "forward":
+        return partial(net.forward, params, *xs)
+    return partial(purenn_gradients, net, params, *xs, *dys)
 
 
 def torch_layers() -> Any:

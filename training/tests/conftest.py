@@ -12,53 +12,21 @@ import struct
 import subprocess
 import sys
 import threading
-import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
 
-import purenn as nn
 import train_cnn
 import train_mlp
+from test_purenn import all_bytes, peak_memory  # noqa: F401 (its import also sets the profile)
 from training import checkpoints, run, threads
-
-settings.register_profile(
-    "ci",
-    derandomize=True,
-    deadline=None,
-    max_examples=20,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-settings.register_profile("wide", deadline=None, max_examples=300)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 SCRIPTS = {"train_mlp.py": train_mlp, "train_cnn.py": train_cnn}
 LAST_LINE = re.compile(r"test_accuracy=(\d\.\d{4}) test_loss=(\d+\.\d{4}) seconds=\d+\.\d")
 
 
-# --- trees, memory, messages ---
-
-
-def all_bytes(*trees):
-    """Every bit of some trees, to be compared."""
-    return [
-        (path, leaf.dtype, leaf.shape, leaf.tobytes())
-        for index, tree in enumerate(trees)
-        for path, leaf in sorted(nn.tree_flatten({str(index): tree}).items())
-    ]
-
-
-def peak_memory(function):
-    """The bytes that Python holds at most while the function runs."""
-    tracemalloc.start()
-    try:
-        function()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+# --- messages ---
 
 
 def refusal(read, path):
