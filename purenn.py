@@ -1407,19 +1407,19 @@ def position_embedding_backward(params: Tree, cache: Array, dy: Array) -> tuple[
 
 @_constructor
 def position_embedding(*, init: Initializer = normal(0.02)) -> Layer:
-    """x (N, T, D) plus a trained vector for each position, at most as many as `init` is given."""
+    """x (N, T, D) plus a trained vector for each of T positions; ValueError beyond those of init."""
     _check_function("position_embedding", "init", init)
     layer_init = partial(position_embedding_init, init=init)
     return Layer(layer_init, position_embedding_forward, position_embedding_backward)
 
 
-_RNN = _Form("N T D", y="N T units", W="D units", b="units", U="units units")
-_GRU = _Form("N T D", y="N T units", W="D 3·units", b="3·units", U="units 3·units", c="3·units")
-_LSTM = _Form("N T D", y="N T units", W="D 4·units", b="4·units", U="units 4·units")
+_RNN = _Form("N T D", y="N T units", W="D units", U="units units", b="units")
+_GRU = _Form("N T D", y="N T units", W="D 3·units", U="units 3·units", b="3·units", c="3·units")
+_LSTM = _Form("N T D", y="N T units", W="D 4·units", U="units 4·units", b="4·units")
 
 
 def recurrent_init(
-    where: str, form: _Form, gates: int, units: int, key: Key, shape: Shape
+    key: Key, shape: Shape, *, where: str, form: _Form, gates: int, units: int
 ) -> tuple[Tree, Shape]:
     """W from xavier_uniform, U orthogonal gate by gate, biases 0, but 1 for lstm's forget gate."""
     T, D = form.shape(where, shape)
@@ -1432,7 +1432,7 @@ def recurrent_init(
 
 
 def _recurrent_start(params: Tree, x: Array, order: int) -> tuple[Array, Array, Array, Array]:
-    """y, its states h (T + 1, N, units), yet 0, and by gate x W + b (gates, T, N, units) and U."""
+    """y, its states h (T + 1, N, units), all 0; x W + b (gates, T, N, units) and U gate by gate."""
     (N, T, D), units = x.shape, len(params["U"])
     W, U, b = (params[name].reshape(-1, params["U"].shape[1] // units, units) for name in "WUb")
     a = x[:, ::order].swapaxes(0, 1).reshape(-1, D) @ W.swapaxes(0, 1)
@@ -1446,9 +1446,9 @@ def _recurrent_gradients(
 ) -> tuple[Array | None, Tree]:
     """dx and grads from those of a = x[t] W + b and u = h[t-1] U + c, (T, N, gates·units)."""
     steps, of_x = cache["x"][:, ::order].swapaxes(0, 1), {"W": params["W"], "b": params["b"]}
-    dx, grads = linear_backward(of_x, steps, da, need_dx=need_dx)
-    h, later = cache["h"][1:-1], du[1:]  # h[0] is 0
-    grads["U"] = h.reshape(-1, h.shape[2]).T @ later.reshape(-1, du.shape[2])
+    dx, of_x = linear_backward(of_x, steps, da, need_dx=need_dx)
+    h, later = (array.reshape(-1, array.shape[2]) for array in (cache["h"][1:-1], du[1:]))
+    grads = {"W": of_x["W"], "U": h.T @ later, "b": of_x["b"]}  # h[0] is 0
     if "c" in params:
         grads["c"] = du.sum(axis=(0, 1))
     return (None if dx is None else dx.swapaxes(0, 1)[:, ::order]), grads
@@ -1456,7 +1456,8 @@ def _recurrent_gradients(
 
 def _recurrent(where: str, form: _Form, gates: int, units: Any, reverse: Any, *both: Any) -> Layer:
     _check_bool(where, "reverse", reverse)
-    init = partial(recurrent_init, where, form, gates, _whole(where, "units", units, 1))
+    units = _whole(where, "units", units, 1)
+    init = partial(recurrent_init, where=where, form=form, gates=gates, units=units)
     return Layer(init, *(partial(function, order=-1 if reverse else 1) for function in both))
 
 

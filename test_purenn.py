@@ -858,7 +858,7 @@ def test_recurrent_layers_start_orthogonal_without_biases_and_lstm_remembering(n
     gates = RECURRENT[name][2]
     params, shape = getattr(nn, name)(20).init(1, (7, 5))
     assert shape == (7, 20)
-    assert list(params) == ["W", "b", "U", *(["c"] if name == "gru" else [])]
+    assert list(params) == ["W", "U", "b", *(["c"] if name == "gru" else [])]
     expected = nn.xavier_uniform(nn.fold_key(1, 0), (5, gates * 20))
     np.testing.assert_array_equal(params["W"], expected)
     for gate, part in enumerate(np.split(params["U"], gates, axis=1)):
@@ -3837,8 +3837,8 @@ def test_every_argument_of_a_layer_is_refused_if_it_is_wrong(name, data):
 LINEAR, CONV = nn.linear(9), nn.conv2d(4, 3, groups=2)
 FEATURES = {"gamma": (3,), "beta": (3,)}
 CHANNELS = {**FEATURES, "mean": (3,), "var": (3,)}
-GRU = {"W": (2, 9), "b": (9,), "U": (3, 9), "c": (9,)}
-LSTM = {"W": (2, 8), "b": (8,), "U": (2, 8)}
+GRU = {"W": (2, 9), "U": (3, 9), "b": (9,), "c": (9,)}
+LSTM = {"W": (2, 8), "U": (2, 8), "b": (8,)}
 EMPTY = "; only N may be empty"
 DOES_NOT_FIT: list = [  # (layer, shape of x, shapes of its params, what is said after its name)
     (LINEAR, (2, 100), {"W": (784, 10)}, "x has 100 features, but W takes 784"),
