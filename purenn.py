@@ -1407,7 +1407,7 @@ def position_embedding_backward(params: Tree, cache: Array, dy: Array) -> tuple[
 
 @_constructor
 def position_embedding(*, init: Initializer = normal(0.02)) -> Layer:
-    """x (N, T, D) plus a trained vector for each of T positions; ValueError beyond those of init."""
+    """x (N, T, D) plus a trained vector for each position; ValueError beyond those of `init`."""
     _check_function("position_embedding", "init", init)
     layer_init = partial(position_embedding_init, init=init)
     return Layer(layer_init, position_embedding_forward, position_embedding_backward)
