@@ -707,16 +707,16 @@ class _Form:
         """The function (params, x) -> (params in the dtype of y, its shape, dtype), if they fit."""
         # The same shapes recur at every step.
         check_axes = lru_cache(maxsize=256)(partial(_check_axes, self, layer, what))
-        names, ndarray, kind = tuple(self.entries), np.ndarray, self.kind
-        nested = any("/" in name for name in names)
+        names, ndarray, characters = tuple(self.entries), np.ndarray, self.kind[1]
+        nested, whole = any("/" in name for name in names), self.kind is _WHOLE
 
         def check(params: Any, x: Any) -> tuple[Tree, Shape, Any]:
-            if type(x) is not ndarray or x.dtype.char not in kind[1]:
-                _check_array(layer, what, x, kind)
+            if type(x) is not ndarray or x.dtype.char not in characters:
+                _check_array(layer, what, x, self.kind)
             if type(params) is not dict:
                 _check_dict(layer, "params", params)
             params = _flatten(layer, "params", params) if nested else params
-            dtype = x.dtype if kind is _FLOATS else _entry(layer, params, names[0]).dtype
+            dtype = _entry(layer, params, names[0]).dtype if whole else x.dtype
             shapes, unknown = [x.shape], len(params) - ("key" in params)
             for name in names:
                 array = params.get(name)
@@ -814,10 +814,10 @@ def linear_init(
 @_LINEAR.forward
 def linear_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = x W + b, for x (N, ..., in) and y (N, ..., out)."""
-    y = x.reshape(-1, x.shape[-1]) @ params["W"]
+    y = (x if x.ndim == 2 else x.reshape(-1, x.shape[-1])) @ params["W"]  # one product, not many
     if "b" in params:
         y += params["b"]
-    return y.reshape(*x.shape[:-1], y.shape[1]), x
+    return (y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[1])), x
 
 
 @_LINEAR.backward()
