@@ -1352,7 +1352,7 @@ def embedding_init(key: Key, shape: Shape, *, W: Shape, init: Initializer) -> tu
 @_EMBEDDING.forward
 def embedding_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y[n, ...] = W[x[n, ...]], for whole numbers x (N, ...) and y (N, ..., size)."""
-    W, low, high = params["W"], x.min(initial=0), x.max(initial=0)
+    W, (low, high) = params["W"], (x.min(), x.max()) if x.size else (0, 0)
     if low < 0 or high >= len(W):
         raise ValueError(f"embedding: x must be from 0 to {len(W) - 1}, got {low} to {high}")
     return W[x], x
@@ -1593,7 +1593,7 @@ def attention_forward(params: Tree, x: Array, *, heads: int, causal: bool) -> tu
     q, k, v = _by_head(qkv, 3, heads)
     q *= q.shape[-1] ** -0.5
     p = k @ q.swapaxes(2, 3)  # transposed, as NumPy's max and sum are faster over this axis
-    moderate = -50 < p.min(initial=0) <= p.max(initial=0) < 50
+    moderate = max(p.max(initial=0), -p.min(initial=0)) < 50
     if causal:
         p += np.tril(np.full(p.shape[2:], -np.inf, x.dtype), -1)
     if not moderate:  # exp could overflow

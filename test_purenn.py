@@ -4018,7 +4018,7 @@ SENTENCES: list = [  # (call, exception, what is said)
     (lambda: nn.attention(1).forward({"qkv": Z, "out": {}}, np.ones((1, 1, 1))), TypeError,
      "attention: qkv must be a dict, got ndarray of float64 and shape (2, 3)"),
     *((partial(embed, np.array(x)), ValueError,
-       f"embedding: x must be from 0 to 2, got {x[0]} to {x[1]}") for x in ([0, 3], [-1, 2])),
+       f"embedding: x must be from 0 to 2, got {x[0]} to {x[1]}") for x in ([1, 3], [-1, 2])),
     *((partial(embed, np.ones(2, kind)), TypeError,
        f"embedding: x must be whole numbers, got {kind}; convert it with x.astype(int)")
       for kind in ("float32", "float64", "bool")),
