@@ -48,9 +48,9 @@ __all__ = [
     "xavier_normal", "xavier_uniform", "he_normal", "he_uniform", "orthogonal", "Layer", "linear",
     "identity", "flatten", "reshape", "permute", "last", "relu", "leaky_relu", "elu", "sigmoid",
     "tanh", "softplus", "gelu", "silu", "softmax", "log_softmax", "dropout", "batch_norm",
-    "update_statistics", "layer_norm", "group_norm", "conv1d", "conv2d", "conv2d_transpose",
-    "max_pool2d", "avg_pool2d", "global_avg_pool2d", "upsample2d", "sequential", "residual",
-    "concatenate", "heads",
+    "update_statistics", "layer_norm", "group_norm", "embedding", "position_embedding", "rnn",
+    "gru", "lstm", "attention", "conv1d", "conv2d", "conv2d_transpose", "max_pool2d", "avg_pool2d",
+    "global_avg_pool2d", "upsample2d", "sequential", "residual", "concatenate", "heads",
     "softmax_cross_entropy", "cross_entropy", "hinge", "binary_cross_entropy", "mean_squared_error",
     "mean_absolute_error", "huber", "l2_penalty", "Optimizer", "sgd", "adam", "adamw", "rmsprop",
     "adagrad", "adadelta", "step_decay", "multistep", "exponential", "cosine", "cyclic",
@@ -68,6 +68,8 @@ Shape = tuple[int, ...]
 Shapes = Any  # the shape of one sample, or a tree of shapes
 Weights = Array | None
 Path = str | os.PathLike[str]
+_FLOATS = "float32 or float64", "fd", "np.float32"  # in words, dtype.char, what one converts to
+_WHOLE = "whole numbers", np.typecodes["AllInteger"], "int"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -154,14 +156,15 @@ def _check_numbers(where: str, name: str, x: Any) -> None:
         raise TypeError(f"{where}: {name} must be an array of numbers, got {_kind(x)}")
 
 
-def _check_array(where: str, name: str, x: Any) -> None:
-    """Refuse everything that is not an array of float32 or float64."""
+def _check_array(where: str, name: str, x: Any, kind: tuple[str, str, str] = _FLOATS) -> None:
+    """Refuse everything that is not an array of this kind, float32 or float64 by default."""
     if not _is_array(x):
         raise TypeError(f"{where}: {name} must be a NumPy array, got {_kind(x)}")
-    if x.dtype.char not in "fd":
+    words, characters, dtype = kind
+    if x.dtype.char not in characters:
         is_argument = name.isidentifier() and name not in ("params", "grads")
-        hint = f"; convert it with {name}.astype(np.float32)" if is_argument else ""
-        raise TypeError(f"{where}: {name} must be float32 or float64, got {x.dtype}{hint}")
+        hint = f"; convert it with {name}.astype({dtype})" if is_argument else ""
+        raise TypeError(f"{where}: {name} must be {words}, got {x.dtype}{hint}")
 
 
 def _check_shape(where: str, shape: Any) -> Shape:
@@ -589,7 +592,7 @@ def _constructor(function: _Function) -> _Function:
     return cast(_Function, construct)
 
 
-_WORDS = {"in": "features", "out": "outputs", "C": "channels"}  # of axes, for messages
+_WORDS = {"in": "features", "out": "outputs", "C": "channels", "D": "features"}  # in messages
 
 
 def _bind(axes: Sequence[str], shape: Shape) -> dict[str, Any] | None:
@@ -603,8 +606,13 @@ def _bind(axes: Sequence[str], shape: Shape) -> dict[str, Any] | None:
         sizes = (*shape[:start], shape[start:stop], *shape[stop:])
     if len(axes) != len(sizes):
         return None
-    bound = dict(zip(axes, sizes, strict=True))
-    return None if any(size == 0 and axis != "N" for axis, size in bound.items()) else bound
+    bound: dict[str, Any] = {}
+    for axis, size in zip(axes, sizes, strict=True):
+        times, _, name = axis.rpartition("·")
+        size, rest = divmod(size, int(times)) if times else (size, 0)
+        if rest or (size == 0 and name != "N") or bound.setdefault(name, size) != size:
+            return None
+    return bound
 
 
 def _axes(*forms: Sequence[str]) -> str:
@@ -624,6 +632,7 @@ def _check_names(where: str, params: Any, known: Iterable[str]) -> None:
 def _entry(where: str, tree: Tree, name: str, dtype: np.dtype[Any] | None = None) -> Array:
     """The array `tree[name]`, in `dtype` if one is given."""
     if name not in tree:
+        _check_dict(where, parent := name.rpartition("/")[0], tree.get(parent, {}))
         raise ValueError(f"{where}: there is no entry {name!r} in {_names(tree)}")
     _check_array(where, name, tree[name])
     return tree[name].astype(dtype or tree[name].dtype, copy=False)
@@ -678,11 +687,14 @@ class _Form:
     `_Form("N ... in", y="N ... out", W="in out", b_="out")`: x may have axes between its first and
     its last; the first axis of W is as long as the last of x; b may be missing, as the underscore
     says. Alternative forms of x are separated by "|". Without `y` it has the shape of x; with
-    y="" the layer checks dy itself. Only N, the batch, and what "..." stands for may be empty.
+    y="" the layer checks dy itself. Only N, the batch, and what "..." stands for may be empty. An
+    axis "3·D" is three times as long as D, an entry "qkv/W" is params["qkv"]["W"], and x "whole: N"
+    holds whole numbers: y then has the dtype of the first entry.
     """
 
     def __init__(self, x: str, *, y: str | None = None, hint: str = "", **entries: str) -> None:
-        self.x = [axes.split() for axes in x.split("|")]
+        self.kind = _WHOLE if x.startswith("whole: ") else _FLOATS
+        self.x = [axes.split() for axes in x.removeprefix("whole: ").split("|")]
         self.y = None if y is None else y.split()
         self.hint = hint  # for an x that lacks one axis
         self.entries = {name.rstrip("_"): axes.split() for name, axes in entries.items()}
@@ -696,18 +708,21 @@ class _Form:
             raise ValueError(f"{layer}: shape must be {_axes(*samples)}, got {shape}")
         return shape
 
-    def checker(self, layer: str, what: str) -> Callable[[Any, Any], tuple[Tree, Shape]]:
-        """The function (params, x) -> (params in the dtype of x, shape of y), once they fit."""
+    def checker(self, layer: str, what: str) -> Callable[[Any, Any], tuple[Tree, Shape, Any]]:
+        """The function (params, x) -> (params in the dtype of y, its shape, dtype), if they fit."""
         # The same shapes recur at every step.
         check_axes = lru_cache(maxsize=256)(partial(_check_axes, self, layer, what))
-        names, ndarray = tuple(self.entries), np.ndarray
+        names, ndarray, characters = tuple(self.entries), np.ndarray, self.kind[1]
+        nested, whole = any("/" in name for name in names), self.kind is _WHOLE
 
-        def check(params: Any, x: Any) -> tuple[Tree, Shape]:
-            if type(x) is not ndarray or x.dtype.char not in "fd":
-                _check_array(layer, what, x)
+        def check(params: Any, x: Any) -> tuple[Tree, Shape, Any]:
+            if type(x) is not ndarray or x.dtype.char not in characters:
+                _check_array(layer, what, x, self.kind)
             if type(params) is not dict:
                 _check_dict(layer, "params", params)
-            dtype, shapes, unknown = x.dtype, [x.shape], len(params) - ("key" in params)
+            params = _flatten(layer, "params", params) if nested else params
+            dtype = _entry(layer, params, names[0]).dtype if whole else x.dtype
+            shapes, unknown = [x.shape], len(params) - ("key" in params)
             for name in names:
                 array = params.get(name)
                 if type(array) is not ndarray or array.dtype != dtype:
@@ -720,7 +735,7 @@ class _Form:
                 unknown -= 1
             if unknown:
                 _check_names(layer, params, self.entries)
-            return params, check_axes(*shapes)
+            return tree_unflatten(params) if nested else params, check_axes(*shapes), dtype
 
         return check
 
@@ -755,9 +770,9 @@ class _Form:
                 if entries:
                     cache = _own_cache(layer, cache, entries)
                 x = cache[entries[0]] if entries else cache
-                params, shape = check(params, x)
+                params, shape, dtype = check(params, x)
                 if self.y != []:
-                    dy = _gradient(layer, dy, shape, x.dtype)
+                    dy = _gradient(layer, dy, shape, dtype)
                 return function(params, cache, dy, **options)
 
             return cast(_Function, backward)
@@ -805,10 +820,10 @@ def linear_init(
 @_LINEAR.forward
 def linear_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y = x W + b, for x (N, ..., in) and y (N, ..., out)."""
-    y = x @ params["W"]
+    y = (x if x.ndim == 2 else x.reshape(-1, x.shape[-1])) @ params["W"]  # one product, not many
     if "b" in params:
         y += params["b"]
-    return y, x
+    return (y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[1])), x
 
 
 @_LINEAR.backward()
@@ -821,7 +836,7 @@ def linear_backward(
     grads = {"W": x.T @ rows}
     if "b" in params:
         grads["b"] = rows.sum(axis=0)
-    return (dy @ params["W"].T if need_dx else None), grads
+    return ((rows @ params["W"].T).reshape(cache.shape) if need_dx else None), grads
 
 
 @_constructor
@@ -1096,39 +1111,34 @@ def softplus() -> Layer:
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 
 
-def _gelu_tanh(x: Array) -> tuple[Array, Array]:
-    """x clipped, and tanh(sqrt(2/π) · (x + 0.044715 x³)) of it.
-
-    The tanh is exactly ±1 beyond |x| = 10, so clipping there keeps x³ from overflowing.
-    """
-    clipped = np.clip(x, -10, 10)
-    return clipped, np.tanh(_SQRT_2_OVER_PI * clipped * (1 + 0.044715 * clipped * clipped))
-
-
-def _normal_cdf(x: Array) -> Array:
-    """Φ(x) = erfc(-x/√2)/2, one number after the other: NumPy has no erfc, but C has."""
-    erfc = map(math.erfc, (-math.sqrt(0.5) * x).ravel().tolist())
-    return 0.5 * np.fromiter(erfc, x.dtype, x.size).reshape(x.shape)
+def _normal_cdf(x: Array, exact: bool) -> Array:
+    """Φ(x) = erfc(-x/√2)/2, or about (1 + tanh(sqrt(2/π) · (x + 0.044715 x³)))/2."""
+    if exact:  # number by number: NumPy has no erfc, but C has
+        values = map(math.erfc, (-math.sqrt(0.5) * x).ravel().tolist())
+        return 0.5 * np.fromiter(values, x.dtype, x.size).reshape(x.shape)
+    x = np.clip(x, -10, 10)  # the tanh is ±1 from there on, and x³ does not overflow
+    return 0.5 + 0.5 * np.tanh(_SQRT_2_OVER_PI * x * (1 + 0.044715 * x * x))
 
 
 @_ANY.forward
-def gelu_forward(params: Tree, x: Array, *, exact: bool) -> tuple[Array, Array]:
-    """y = x/2 · (1 + tanh(sqrt(2/π) · (x + 0.044715 x³))), or x · Φ(x) if exact."""
-    return (np.maximum(x, -40) * _normal_cdf(x) if exact else 0.5 * x * (1 + _gelu_tanh(x)[1])), x
+def gelu_forward(params: Tree, x: Array, *, exact: bool) -> tuple[Array, Tree]:
+    """y = x · Φ(x)."""
+    phi = _normal_cdf(x, exact)
+    return np.maximum(x, -40) * phi, {"x": x, "phi": phi}
 
 
-@_ANY.backward()
-def gelu_backward(params: Tree, cache: Array, dy: Array, *, exact: bool) -> tuple[Array, Tree]:
-    """dx = dy · ((1 + t)/2 + x/2 · (1 - t²) · sqrt(2/π) · (1 + 3 · 0.044715 x²)), t the tanh.
+@_ANY.backward("x", "phi")
+def gelu_backward(params: Tree, cache: Tree, dy: Array, *, exact: bool) -> tuple[Array, Tree]:
+    """dx = dy · (Φ + x Φ'), Φ' = exp(-x²/2) / sqrt(2π) if exact.
 
-    If exact, dx = dy · (Φ(x) + x · exp(-x²/2) / sqrt(2π)).
+    In the tanh form Φ' = 2 Φ (1 - Φ) · sqrt(2/π) · (1 + 3 · 0.044715 x²).
     """
+    x, phi = np.clip(cache["x"], -40, 40), cache["phi"]
     if exact:
-        x = np.clip(cache, -40, 40)
-        return dy * (_normal_cdf(x) + x * np.exp(-0.5 * x * x) * math.sqrt(0.5 / math.pi)), {}
-    x, t = _gelu_tanh(cache)
-    inner = _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x)
-    return dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner), {}
+        slope = 0.5 * _SQRT_2_OVER_PI * np.exp(-0.5 * x * x)
+    else:
+        slope = phi * (1 - phi) * (2 * _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x))
+    return dy * (phi + x * slope), {}
 
 
 @_constructor
@@ -1397,8 +1407,9 @@ def layer_norm_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
 @_LAYER_NORM.forward
 def layer_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tree]:
     """y = gamma · (x - mean) / sqrt(var + eps) + beta, mean and var (biased) over the last axis."""
-    normalized = x - x.mean(axis=-1, keepdims=True)
-    inverse_std = 1 / np.sqrt(np.square(normalized).mean(axis=-1, keepdims=True) + eps)
+    normalized = x - np.einsum("...i->...", x)[..., None] / x.shape[-1]  # quicker than mean
+    squares = np.einsum("...i,...i->...", normalized, normalized)[..., None]
+    inverse_std = 1 / np.sqrt(squares / x.shape[-1] + eps)
     normalized *= inverse_std
     y = normalized * params["gamma"] + params["beta"]
     return y, {"normalized": normalized, "inverse_std": inverse_std}
@@ -1410,12 +1421,12 @@ def layer_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tr
 
     x̂ is the normalized x; the sums are over all axes but the last, the means over the last.
     """
-    normalized = cache["normalized"]
+    normalized, D = cache["normalized"], dy.shape[-1]
     axes = tuple(range(dy.ndim - 1))
     grads = {"gamma": (dy * normalized).sum(axis=axes), "beta": dy.sum(axis=axes)}
     g = dy * params["gamma"]
-    dx = g - g.mean(axis=-1, keepdims=True)
-    dx -= normalized * (g * normalized).mean(axis=-1, keepdims=True)
+    dx = g - np.einsum("...i->...", g)[..., None] / D
+    dx -= normalized * (np.einsum("...i,...i->...", g, normalized)[..., None] / D)
     dx *= cache["inverse_std"]
     return dx, grads
 
@@ -1483,6 +1494,301 @@ def group_norm(groups: int, *, eps: float = 1e-5) -> Layer:
         partial(group_norm_forward, groups=groups, eps=eps),
         partial(group_norm_backward, groups=groups),
     )
+
+
+# --- recurrence and attention ---
+
+_EMBEDDING = _Form("whole: N ...", y="N ... size", W="count size")
+
+
+def embedding_init(key: Key, shape: Shape, *, W: Shape, init: Initializer) -> tuple[Tree, Shape]:
+    """W (count, size) from `init`; shape (...) becomes (..., size)."""
+    shape = _EMBEDDING.shape("embedding", shape)
+    return _weights("embedding", key, init, W, 1, bias=False), (*shape, W[1])
+
+
+@_EMBEDDING.forward
+def embedding_forward(params: Tree, x: Array) -> tuple[Array, Array]:
+    """y[n, ...] = W[x[n, ...]], for whole numbers x (N, ...) and y (N, ..., size)."""
+    W, (low, high) = params["W"], (x.min(), x.max()) if x.size else (0, 0)
+    if low < 0 or high >= len(W):
+        raise ValueError(f"embedding: x must be from 0 to {len(W) - 1}, got {low} to {high}")
+    return W[x], x
+
+
+@_EMBEDDING.backward()
+def embedding_backward(params: Tree, cache: Array, dy: Array) -> tuple[None, Tree]:
+    """dW[i] = Σ of dy where x is i; dx is None."""
+    (count, size), x, rows = params["W"].shape, cache.ravel(), dy.reshape(-1, dy.shape[-1])
+    dW, last, order = np.zeros((count, size), dy.dtype), np.zeros(count, int), np.arange(len(x))
+    dW[x], last[x] = rows, order  # of rows for the same i, the last one stays
+    others = np.flatnonzero(last[x] != order)
+    entries = np.add.outer(x[others].astype(np.intp) * size, np.arange(size))
+    np.add.at(dW.reshape(-1), entries.ravel(), rows[others].ravel())  # entry by entry it is fastest
+    return None, {"W": dW}
+
+
+@_constructor
+def embedding(count: int, size: int, *, init: Initializer = normal(1.0)) -> Layer:
+    """A row of W (count, size) for each whole number: (N, ...) -> (N, ..., size).
+
+    y and grads have the dtype of W. TypeError for floats, ValueError outside 0 to count - 1.
+    """
+    W = _whole("embedding", "count", count, 1), _whole("embedding", "size", size, 1)
+    _check_function("embedding", "init", init)
+    return Layer(partial(embedding_init, W=W, init=init), embedding_forward, embedding_backward)
+
+
+_POSITION_EMBEDDING = _Form("N T D", P="positions D")
+
+
+def position_embedding_init(key: Key, shape: Shape, *, init: Initializer) -> tuple[Tree, Shape]:
+    """P (T, D) from `init`, for shape (T, D)."""
+    shape = _POSITION_EMBEDDING.shape("position_embedding", shape)
+    return {"P": _weights("position_embedding", key, init, shape, 1, bias=False)["W"]}, shape
+
+
+@_POSITION_EMBEDDING.forward
+def position_embedding_forward(params: Tree, x: Array) -> tuple[Array, Array]:
+    """y[n, t] = x[n, t] + P[t], for x (N, T, D)."""
+    P, T = params["P"], x.shape[1]
+    if len(P) < T:
+        raise ValueError(f"position_embedding: x has {T} steps, but P takes at most {len(P)}")
+    return x + P[:T], x
+
+
+@_POSITION_EMBEDDING.backward()
+def position_embedding_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+    """dx = dy, dP[t] = Σ dy[n, t]."""
+    return dy, {"P": np.pad(dy.sum(axis=0), ((0, len(params["P"]) - dy.shape[1]), (0, 0)))}
+
+
+@_constructor
+def position_embedding(*, init: Initializer = normal(0.02)) -> Layer:
+    """x (N, T, D) plus a trained vector for each position; ValueError beyond those of `init`."""
+    _check_function("position_embedding", "init", init)
+    layer_init = partial(position_embedding_init, init=init)
+    return Layer(layer_init, position_embedding_forward, position_embedding_backward)
+
+
+_RNN = _Form("N T D", y="N T units", W="D units", U="units units", b="units")
+_GRU = _Form("N T D", y="N T units", W="D 3·units", U="units 3·units", b="3·units", c="3·units")
+_LSTM = _Form("N T D", y="N T units", W="D 4·units", U="units 4·units", b="4·units")
+
+
+def recurrent_init(
+    key: Key, shape: Shape, *, where: str, form: _Form, gates: int, units: int
+) -> tuple[Tree, Shape]:
+    """W from xavier_uniform, U orthogonal gate by gate, biases 0, but 1 for lstm's forget gate."""
+    T, D = form.shape(where, shape)
+    params = {name: np.zeros(gates * units, np.float32) for name in form.entries}
+    params["W"] = xavier_uniform(fold_key(key, 0), (D, gates * units))
+    U = [orthogonal(fold_key(key, gate + 1), (units, units)) for gate in range(gates)]
+    params["U"] = np.concatenate(U, axis=1)
+    params["b"][units : 2 * units] = where == "lstm"  # forgets little at first (Gers et al. 2000)
+    return params, (T, units)
+
+
+def _recurrent_start(params: Tree, x: Array, order: int) -> tuple[Array, Array, Array, Array]:
+    """y, its states h (T + 1, N, units), all 0; x W + b (gates, T, N, units) and U gate by gate."""
+    (N, T, D), units = x.shape, len(params["U"])
+    W, U, b = (params[name].reshape(-1, params["U"].shape[1] // units, units) for name in "WUb")
+    a = x[:, ::order].swapaxes(0, 1).reshape(-1, D) @ W.swapaxes(0, 1)
+    a += b.swapaxes(0, 1)
+    h = np.zeros((T + 1, N, units), x.dtype)
+    return h[1:].swapaxes(0, 1)[:, ::order], h, a.reshape(len(a), T, N, units), U.swapaxes(0, 1)
+
+
+def _recurrent_gradients(
+    params: Tree, cache: Tree, da: Array, du: Array, *, order: int, need_dx: bool = True
+) -> tuple[Array | None, Tree]:
+    """dx and grads from those of a = x[t] W + b and u = h[t-1] U + c, (T, N, gates·units)."""
+    steps, of_x = cache["x"][:, ::order].swapaxes(0, 1), {"W": params["W"], "b": params["b"]}
+    dx, of_x = linear_backward(of_x, steps, da, need_dx=need_dx)
+    h, later = (array.reshape(-1, array.shape[2]) for array in (cache["h"][1:-1], du[1:]))
+    grads = {"W": of_x["W"], "U": h.T @ later, "b": of_x["b"]}  # h[0] is 0
+    if "c" in params:
+        grads["c"] = du.sum(axis=(0, 1))
+    return (None if dx is None else dx.swapaxes(0, 1)[:, ::order]), grads
+
+
+def _recurrent(where: str, form: _Form, gates: int, units: Any, reverse: Any, *both: Any) -> Layer:
+    _check_bool(where, "reverse", reverse)
+    units = _whole(where, "units", units, 1)
+    init = partial(recurrent_init, where=where, form=form, gates=gates, units=units)
+    return Layer(init, *(partial(function, order=-1 if reverse else 1) for function in both))
+
+
+@_RNN.forward
+def rnn_forward(params: Tree, x: Array, *, order: int) -> tuple[Array, Tree]:
+    """y[t] = h[t] = tanh(x[t] W + b + h[t-1] U); x is (N, T, D), y (N, T, units)."""
+    y, h, (a,), (U,) = _recurrent_start(params, x, order)
+    for t in range(len(a)):
+        np.tanh(a[t] + h[t] @ U, out=h[t + 1])
+    return y, {"x": x, "h": h}
+
+
+@_RNN.backward("x", "h")
+def rnn_backward(params: Tree, cache: Tree, dy: Array, **options: Any) -> tuple[Any, Tree]:
+    """da[t] = (dy[t] + da[t+1] Uᵀ) · (1 - h[t]²)."""
+    dy, da = dy[:, :: options["order"]].swapaxes(0, 1), 1 - np.square(cache["h"][1:])
+    for t in reversed(range(len(da))):
+        da[t] *= dy[t] + (da[t + 1] @ params["U"].T if t + 1 < len(da) else 0)
+    return _recurrent_gradients(params, cache, da, da, **options)
+
+
+@_constructor
+def rnn(units: int, *, reverse: bool = False) -> Layer:
+    """(N, T, D) -> (N, T, units) (Elman 1990), as PyTorch's RNN; `reverse` runs from the end."""
+    return _recurrent("rnn", _RNN, 1, units, reverse, rnn_forward, rnn_backward)
+
+
+@_GRU.forward
+def gru_forward(params: Tree, x: Array, *, order: int) -> tuple[Array, Tree]:
+    """y[t] = h[t] = (1 - z) · n + z · h[t-1], r and z = sigmoid(a + u), n = tanh(a + r · u).
+
+    Each has its third of a = x[t] W + b and u = h[t-1] U + c; x is (N, T, D), y (N, T, units).
+    """
+    y, h, gates, U = _recurrent_start(params, x, order)
+    c, u_n = params["c"].reshape(3, 1, -1), np.empty_like(h[1:])
+    for t in range(len(u_n)):
+        (r, z, n), u = gates[:, t], h[t] @ U + c
+        gates[:2, t] = 1 / (1 + np.exp(-gates[:2, t] - u[:2]))
+        np.tanh(n + r * u[2], out=n)
+        h[t + 1], u_n[t] = n + z * (h[t] - n), u[2]
+    return y, {"x": x, "h": h, "gates": gates, "u_n": u_n}
+
+
+@_GRU.backward("x", "h", "gates", "u_n")
+def gru_backward(params: Tree, cache: Tree, dy: Array, **options: Any) -> tuple[Any, Tree]:
+    """dh[t] = dy[t] + dh[t+1] · z[t+1] + du[t+1] Uᵀ; du is da but for du_n = da_n · r."""
+    h, gates, dy = cache["h"], cache["gates"], dy[:, :: options["order"]].swapaxes(0, 1)
+    (da, du), later = np.empty((2, *dy.shape[:2], len(params["c"])), dy.dtype), np.zeros_like(h[0])
+    for t in reversed(range(len(da))):
+        (r, z, n), dh = gates[:, t], dy[t] + later
+        dn = dh * (1 - z) * (1 - n * n)
+        dr, dz = dn * cache["u_n"][t] * r * (1 - r), dh * (h[t] - n) * z * (1 - z)
+        np.concatenate([dr, dz, dn], axis=1, out=da[t])
+        np.concatenate([dr, dz, dn * r], axis=1, out=du[t])
+        later = dh * z + du[t] @ params["U"].T
+    return _recurrent_gradients(params, cache, da, du, **options)
+
+
+@_constructor
+def gru(units: int, *, reverse: bool = False) -> Layer:
+    """(N, T, D) -> (N, T, units) (Cho et al. 2014), as PyTorch's GRU."""
+    return _recurrent("gru", _GRU, 3, units, reverse, gru_forward, gru_backward)
+
+
+@_LSTM.forward
+def lstm_forward(params: Tree, x: Array, *, order: int) -> tuple[Array, Tree]:
+    """y[t] = h[t] = o · tanh(c[t]), c[t] = f · c[t-1] + i · g; x is (N, T, D), y (N, T, units).
+
+    i, f and o are the sigmoids of their parts of x[t] W + b + h[t-1] U, g the tanh of its part.
+    """
+    y, h, gates, U = _recurrent_start(params, x, order)
+    c, tanh_c = np.zeros((2, *h.shape), x.dtype)
+    for t in range(len(h) - 1):
+        i, f, g, o = gate = gates[:, t]
+        gate += h[t] @ U if t else 0  # h[0] is 0
+        gate[:2], o[...] = 1 / (1 + np.exp(-gate[:2])), 1 / (1 + np.exp(-o))
+        np.tanh(g, out=g)
+        c[t + 1] = f * c[t] + i * g
+        np.tanh(c[t + 1], out=tanh_c[t + 1])
+        h[t + 1] = o * tanh_c[t + 1]
+    return y, {"x": x, "h": h, "gates": gates, "c": c, "tanh_c": tanh_c}
+
+
+@_LSTM.backward("x", "h", "gates", "c", "tanh_c")
+def lstm_backward(params: Tree, cache: Tree, dy: Array, **options: Any) -> tuple[Any, Tree]:
+    """dh[t] = dy[t] + da[t+1] Uᵀ, dc[t] = dc[t+1] · f[t+1] + dh[t] · o · (1 - tanh(c)²)."""
+    gates, c, dy = cache["gates"], cache["c"], dy[:, :: options["order"]].swapaxes(0, 1)
+    da, dc = np.empty((*dy.shape[:2], len(params["b"])), dy.dtype), np.zeros_like(c[0])
+    for t in reversed(range(len(da))):
+        (i, f, g, o), tanh_c = gates[:, t], cache["tanh_c"][t + 1]
+        dho = o * (dy[t] + (da[t + 1] @ params["U"].T if t + 1 < len(da) else 0))
+        dc += dho * (1 - tanh_c * tanh_c)
+        di, df, dg = dc * g * i * (1 - i), dc * c[t] * f * (1 - f), dc * i * (1 - g * g)
+        np.concatenate([di, df, dg, dho * tanh_c * (1 - o)], axis=1, out=da[t])
+        dc *= f
+    return _recurrent_gradients(params, cache, da, da, **options)
+
+
+@_constructor
+def lstm(units: int, *, reverse: bool = False) -> Layer:
+    """(N, T, D) -> (N, T, units) (Hochreiter and Schmidhuber 1997), as PyTorch's LSTM."""
+    return _recurrent("lstm", _LSTM, 4, units, reverse, lstm_forward, lstm_backward)
+
+
+_ATTENTION = _Form("N T D", **{"qkv/W": "D 3·D", "qkv/b": "3·D", "out/W": "D D", "out/b": "D"})
+
+
+def _by_head(x: Array, parts: int, heads: int) -> Array:
+    """The view (parts, N, heads, T, D/heads) of x (N, T, parts·D)."""
+    N, T, width = x.shape
+    D = width // parts
+    if D % heads:
+        raise ValueError(f"attention: {heads} heads do not divide the {D} features of x")
+    return x.reshape(N, T, parts, heads, D // heads).transpose(2, 0, 3, 1, 4)
+
+
+def attention_init(key: Key, shape: Shape, *, heads: int) -> tuple[Tree, Shape]:
+    """W of "qkv" (D, 3·D) and of "out" (D, D) from xavier_uniform, b of zeros."""
+    T, D = _ATTENTION.shape("attention", shape)
+    _by_head(np.empty((0, T, D)), 1, heads)  # which checks the heads
+    weights = partial(_weights, "attention", init=xavier_uniform, bias=True)
+    qkv = weights(fold_key(key, 0), shape=(D, 3 * D), out=3 * D)
+    return {"qkv": qkv, "out": weights(fold_key(key, 1), shape=(D, D), out=D)}, (T, D)
+
+
+@_ATTENTION.forward
+def attention_forward(params: Tree, x: Array, *, heads: int, causal: bool) -> tuple[Array, Tree]:
+    """y = m W + b of "out", m = softmax(q kᵀ / √d) v for each head of d = D / heads features.
+
+    q, k and v are the thirds of x W + b of "qkv"; x, m and y are (N, T, D).
+    """
+    qkv, _ = linear_forward(params["qkv"], x)
+    q, k, v = _by_head(qkv, 3, heads)
+    q *= q.shape[-1] ** -0.5
+    p = k @ q.swapaxes(2, 3)  # transposed, as NumPy's max and sum are faster over this axis
+    moderate = max(p.max(initial=0), -p.min(initial=0)) < 50
+    if causal:
+        p += np.tril(np.full(p.shape[2:], -np.inf, x.dtype), -1)
+    if not moderate:  # exp could overflow
+        p -= p.max(axis=2, keepdims=True)
+    np.exp(p, out=p)
+    p /= p.sum(axis=2, keepdims=True)
+    m = (p.swapaxes(2, 3) @ v).swapaxes(1, 2).reshape(x.shape)
+    return linear_forward(params["out"], m)[0], {"x": x, "qkv": qkv, "p": p, "m": m}
+
+
+@_ATTENTION.backward("x", "qkv", "p", "m")
+def attention_backward(params: Tree, cache: Tree, dy: Array, *, heads: int) -> tuple[Any, Tree]:
+    """dv = pᵀ dm, dq = ds k / √d, dk = dsᵀ q / √d, ds = p · (dm vᵀ - Σ dm · m), p the softmax."""
+    p, dqkv = cache["p"], np.empty(cache["qkv"].shape, dy.dtype)
+    dm, of_out = linear_backward(params["out"], cache["m"], dy)
+    (dm,), (m,) = (_by_head(array, 1, heads) for array in (np.asarray(dm), cache["m"]))
+    (q, k, v), (dq, dk, dv) = (_by_head(array, 3, heads) for array in (cache["qkv"], dqkv))
+    ds = v @ dm.swapaxes(2, 3)
+    ds -= np.einsum("nhid,nhid->nhi", dm, m)[:, :, None]
+    ds *= p
+    np.matmul(p, dm, out=dv)
+    np.matmul(ds, q, out=dk)  # this q is q / √d
+    np.matmul(ds.swapaxes(2, 3), k * k.shape[-1] ** -0.5, out=dq)
+    dx, of_qkv = linear_backward(params["qkv"], cache["x"], dqkv)
+    return dx, {"qkv": of_qkv, "out": of_out}
+
+
+@_constructor
+def attention(heads: int, *, causal: bool = False) -> Layer:
+    """Self-attention over (N, T, D) (Vaswani et al. 2017), as PyTorch's MultiheadAttention.
+
+    If `causal`, no step sees a later one. ValueError for heads that do not divide D.
+    """
+    heads = _whole("attention", "heads", heads, 1)
+    _check_bool("attention", "causal", causal)
+    init, backward = partial(attention_init, heads=heads), partial(attention_backward, heads=heads)
+    return Layer(init, partial(attention_forward, heads=heads, causal=causal), backward)
 
 
 # --- convolution and pooling ---
@@ -3673,7 +3979,7 @@ def _exchange(where: str, net: Any, source: Tree, ours: bool) -> Tree:
     used = set()
     for path, layer in _layers_in(net):
         sample, axis, entries = _TORCH.get(_kind_of(layer), ("", 0, ""))
-        if entries == "none" or _option(layer.forward, "reverse"):
+        if entries == "none" or _option(layer.forward, "order") == -1:
             raise ValueError(f"{where}: {path[:-1] or 'net'}: PyTorch has no {layer!r}")
         initial: Tree = {}
         for theirs, _, entry in (pair.partition("=") for pair in entries.split()):

@@ -54,6 +54,7 @@ any_shape = st.lists(sizes, max_size=3).map(tuple)
 features = st.lists(sizes, min_size=1, max_size=3).map(tuple)
 images = st.tuples(st.just(2), st.integers(5, 6), st.integers(5, 7))
 channels = st.one_of(st.tuples(sizes), st.tuples(sizes, sizes, sizes))
+steps = st.tuples(st.integers(1, 4), st.integers(1, 4))  # (T, D)
 rates = st.sampled_from([0.0, 0.2, 0.5, 0.9])
 slopes = st.floats(-2, 2, allow_nan=False)
 
@@ -133,6 +134,17 @@ def pools(draw, constructor):
     return constructor(size, stride=draw(st.one_of(st.none(), pairs(1, 3))), padding=padding)
 
 
+@st.composite
+def attentions(draw):
+    heads, (T, size) = draw(st.integers(1, 3)), draw(steps)
+    return nn.attention(heads, causal=draw(st.booleans())), (T, heads * size)
+
+
+def indices(rng, shape):
+    """Whole numbers below 3, of any type."""
+    return rng.integers(0, 3, shape).astype(rng.choice(["i8", "u1", "i2", "u8"]))
+
+
 def floats(rng, shape):
     """Normal values that are not at a kink at 0."""
     x = rng.normal(size=shape)
@@ -154,6 +166,10 @@ class Entry(NamedTuple):
 
 def of(layers, shapes, **more):
     return Entry(st.tuples(layers, shapes), **more)
+
+
+def recurrent(constructor):
+    return of(st.builds(constructor, st.integers(1, 4), reverse=st.booleans()), steps, optional=())
 
 
 def elementwise(constructor, *options):
@@ -194,6 +210,14 @@ LAYERS = {
         st.builds(nn.group_norm, st.sampled_from([1, 2, 4]), eps=eps),
         st.sampled_from([(4,), (4, 3), (4, 2, 3), (8, 1, 2, 2)]),
     ),
+    "embedding": of(
+        st.builds(nn.embedding, st.integers(3, 5), sizes), any_shape, x=indices, free=("W",)
+    ),
+    "position_embedding": of(st.builds(nn.position_embedding), steps, free=("P",)),
+    "rnn": recurrent(nn.rnn),
+    "gru": recurrent(nn.gru),
+    "lstm": recurrent(nn.lstm),
+    "attention": Entry(attentions(), optional=()),
     "conv2d": of(convolutions(), images, free=("W",)),
     "conv2d_transpose": of(convolutions(nn.conv2d_transpose), images),
     "max_pool2d": of(pools(nn.max_pool2d), images, nan=()),
@@ -537,7 +561,7 @@ def test_init_is_pure_and_float32_and_depends_on_its_key(name, data):
     other = nn.tree_flatten(layer.init((2, 1), shape)[0])
     for path, leaf in nn.tree_flatten(params).items():
         assert leaf.dtype == np.float32
-        assert leaf.size < 2 or np.ptp(leaf) == 0 or not np.array_equal(leaf, other[path])
+        assert leaf.size < 2 or set(leaf.ravel()) <= {0, 1} or not np.array_equal(leaf, other[path])
 
 
 @every_layer
@@ -1015,6 +1039,232 @@ def test_a_users_combinator_is_right_in_both_modes():
     params, _ = net.init(0, (4,))
     for mode in (params, nn.training(params, 1)):
         nn.check_gradients(net, mode, np.random.default_rng(0).normal(size=(6, 4)))
+
+
+# --- recurrence and attention ---
+
+
+def sigmoid(a):
+    return 1 / (1 + np.exp(-a))
+
+
+def naive_rnn(p, x, h):
+    return (np.tanh(x @ p["W"] + p["b"] + h @ p["U"]),)
+
+
+def naive_gru(p, x, h):
+    a_r, a_z, a_n = np.split(x @ p["W"] + p["b"], 3)
+    u_r, u_z, u_n = np.split(h @ p["U"] + p["c"], 3)
+    z, n = sigmoid(a_z + u_z), np.tanh(a_n + sigmoid(a_r + u_r) * u_n)
+    return ((1 - z) * n + z * h,)
+
+
+def naive_lstm(p, x, h, c):
+    i, f, g, o = np.split(x @ p["W"] + p["b"] + h @ p["U"], 4)
+    c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+    return sigmoid(o) * np.tanh(c), c
+
+
+RECURRENT = {  # name: (one step of one sample, how many states, how many gates)
+    "rnn": (naive_rnn, 1, 1),
+    "gru": (naive_gru, 1, 3),
+    "lstm": (naive_lstm, 2, 4),
+}
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("name", RECURRENT)
+@given(shape=steps, units=sizes, seed=st.integers(0, 10**6))
+def test_recurrent_layers_are_their_formulas_step_by_step(name, reverse, shape, units, seed):
+    step, states, _ = RECURRENT[name]
+    layer = getattr(nn, name)(units, reverse=reverse)
+    params = as_dtype(with_values(layer.init(0, shape)[0], seed), np.float64)
+    x = np.random.default_rng(seed).normal(size=(2, *shape))
+    y, _ = layer.forward(params, x)
+    for sample, expected in zip(x, y, strict=True):
+        state = (np.zeros(units),) * states
+        for t in range(len(sample))[:: -1 if reverse else 1]:
+            state = step(params, sample[t], *state)
+            np.testing.assert_allclose(expected[t], state[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_start_orthogonal_without_biases_and_lstm_remembering(name):
+    gates = RECURRENT[name][2]
+    params, shape = getattr(nn, name)(20).init(1, (7, 5))
+    assert shape == (7, 20)
+    assert list(params) == ["W", "U", "b", *(["c"] if name == "gru" else [])]
+    expected = nn.xavier_uniform(nn.fold_key(1, 0), (5, gates * 20))
+    np.testing.assert_array_equal(params["W"], expected)
+    for gate, part in enumerate(np.split(params["U"], gates, axis=1)):
+        expected = nn.orthogonal(nn.fold_key(1, gate + 1), (20, 20))
+        np.testing.assert_array_equal(part, expected)
+    b = np.zeros((gates, 20))
+    b[1:2] = name == "lstm"
+    np.testing.assert_array_equal(params["b"], b.ravel())
+    np.testing.assert_array_equal(params.get("c", 0 * b.ravel()), 0 * b.ravel())
+
+
+@pytest.mark.parametrize("name", [*RECURRENT, "attention"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.usefixtures("no_warnings")
+def test_layers_of_sequences_are_finite_at_large_inputs(name, dtype):
+    layer = getattr(nn, name)(1)
+    params = map_floats(np.ones_like, layer.init(0, (3, 1))[0])
+    y, cache = layer.forward(params, np.array([[[1e4], [-1e4], [1e15]]], dtype))
+    dx, grads = layer.backward(params, cache, np.ones_like(y))
+    assert all(np.isfinite(a).all() for a in leaves({"y": y, "dx": dx, "grads": grads}).values())
+
+
+@pytest.mark.parametrize("name", [*RECURRENT, "attention"])
+def test_sequences_of_float32_are_those_of_float64(name):
+    layer, x = getattr(nn, name)(4), np.random.default_rng(0).normal(size=(3, 20, 12))
+    params, results = layer.init(0, (20, 12))[0], []
+    for kind in ("f4", "f8"):
+        y, cache = layer.forward(as_dtype(params, kind), x.astype(kind))
+        dx, grads = layer.backward(as_dtype(params, kind), cache, upstream(x[..., :1] + 0 * y))
+        results.append({"y": y, "dx": dx, "grads": grads})
+    assert_close(*results, rtol=1e-3, atol=5e-5)
+
+
+@given(index=st.lists(st.integers(0, 4), max_size=40), size=sizes, seed=st.integers(0, 10**6))
+def test_the_gradient_of_an_embedding_is_the_sum_over_each_index(index, size, seed):
+    x, W = np.array(index, np.uint8), np.asfortranarray(np.zeros((5, size)))
+    dy, expected = np.random.default_rng(seed).normal(size=(len(x), size)), np.zeros_like(W)
+    for row, gradient in zip(index, dy, strict=True):
+        expected[row] += gradient
+    dx, grads = nn.embedding(5, size).backward({"W": W}, x, dy)
+    assert dx is None
+    np.testing.assert_allclose(grads["W"], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["i1", "u1", ">i2", "u2", "i4", "u4", "i8", "u8"])
+def test_an_embedding_takes_any_whole_numbers_and_gives_rows_of_w(kind):
+    W = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+    x = np.array([[99, 0], [3, 99]], kind)
+    y, cache = nn.embedding(100, 3).forward({"W": W}, x)
+    np.testing.assert_array_equal(y, [[W[99], W[0]], [W[3], W[99]]])
+    dW = nn.embedding(100, 3).backward({"W": W}, cache, np.ones((2, 2, 3)))[1]["W"]
+    assert (y.dtype, dW.dtype) == (np.float32, np.float32)
+    np.testing.assert_array_equal(dW[:, 0], np.bincount(x.ravel().astype(int), minlength=100))
+
+
+def test_embeddings_start_normal():
+    params, shape = nn.embedding(200, 300).init(2, (4, 5))
+    assert shape == (4, 5, 300)
+    expected = nn.normal(1.0)(nn.fold_key(2, 0), (200, 300))
+    np.testing.assert_array_equal(params["W"], expected)
+    assert nn.embedding(7, 3).init(0, ())[1] == (3,)
+    params, shape = nn.position_embedding().init(2, (200, 300))
+    assert shape == (200, 300)
+    np.testing.assert_allclose(params["P"], 0.02 * expected, rtol=1e-6)
+
+
+def test_a_shorter_sequence_takes_the_first_positions():
+    P = np.arange(8.0).reshape(4, 2)
+    y, cache = nn.position_embedding().forward({"P": P}, np.ones((3, 2, 2)))
+    np.testing.assert_array_equal(y, np.broadcast_to(1 + P[:2], (3, 2, 2)))
+    dx, grads = nn.position_embedding().backward({"P": P}, cache, y)
+    np.testing.assert_array_equal(dx, y)
+    np.testing.assert_array_equal(grads["P"], np.concatenate([3 * (1 + P[:2]), 0 * P[:2]]))
+
+
+@given(data=st.data(), scale=st.sampled_from([1, 30]))
+def test_attention_is_a_loop_over_heads_and_steps(data, scale):
+    layer, params, x, *_ = data.draw(cases("attention", dtypes=[np.float64]))
+    options, x = layer.forward.keywords, scale * x
+    (N, T, D), heads = x.shape, options["heads"]
+    y, _ = layer.forward(params, x)
+    for n in range(N):
+        q, k, v = np.split(x[n] @ params["qkv"]["W"] + params["qkv"]["b"], 3, axis=1)
+        mixed = np.zeros((T, D))
+        for columns in np.split(np.arange(D), heads):
+            for t in range(T):
+                seen = slice(0, t + 1) if options["causal"] else slice(None)
+                score = k[seen][:, columns] @ q[t, columns] / math.sqrt(D / heads)
+                score = np.exp(score - score.max())
+                mixed[t, columns] = score / score.sum() @ v[seen][:, columns]
+        expected = mixed @ params["out"]["W"] + params["out"]["b"]
+        np.testing.assert_allclose(y[n], expected, rtol=1e-8, atol=1e-8)
+
+
+def test_attention_starts_as_pytorchs_does():
+    params, shape = nn.attention(2).init(3, (7, 40))
+    assert (shape, list(params)) == ((7, 40), ["qkv", "out"])
+    for index, (name, width) in enumerate({"qkv": 120, "out": 40}.items()):
+        key = nn.fold_key(nn.fold_key(3, index), 0)
+        np.testing.assert_array_equal(params[name]["W"], nn.xavier_uniform(key, (40, width)))
+        np.testing.assert_array_equal(params[name]["b"], np.zeros(width))
+
+
+@pytest.mark.parametrize("largest", [49.9, 50.1, 1e4])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_attention_is_right_at_scores_of_any_size(largest, sign, dtype):
+    identity = {"W": np.eye(1, dtype=dtype), "b": np.zeros(1, dtype)}
+    qkv = {"W": np.array([[sign, 1, 1]], dtype), "b": np.zeros(3, dtype)}
+    x = np.sqrt(np.array([[[0.5 * largest], [0.99 * largest], [largest]]], dtype))
+    all_scores = sign * x[0] @ x[0].T
+    for causal in (False, True):
+        layer = nn.attention(1, causal=causal)
+        y, cache = layer.forward({"qkv": qkv, "out": identity}, x)
+        scores = np.where(np.tri(3) > 0, all_scores, -np.inf) if causal else all_scores
+        expected = nn.softmax().forward({}, scores)[0] @ x[0]
+        np.testing.assert_allclose(y[0], expected, rtol=1e-12 if dtype == np.float64 else 1e-2)
+        assert np.isfinite(layer.backward({"qkv": qkv, "out": identity}, cache, y)[0]).all()
+
+
+PEERS = {  # name: (layer, its peer in PyTorch, x, {path of a gradient: the peer's name})
+    **{
+        f"{name}{end}": (
+            getattr(nn, name)(6, reverse=bool(end)),
+            lambda torch, name=name: getattr(torch.nn, name.upper())(
+                3, 6, batch_first=True, bidirectional=True
+            ),
+            {path: f"{own}_l0{end}" for path, own in names.items() if path != "c" or name == "gru"},
+        )
+        for names in [{"W": "weight_ih", "U": "weight_hh", "b": "bias_ih", "c": "bias_hh"}]
+        for name in RECURRENT
+        for end in ("", "_reverse")
+    },
+    **{
+        name: (
+            nn.attention(3, causal=name == "causal"),
+            lambda torch: torch.nn.MultiheadAttention(3, 3, batch_first=True),
+            {"qkv/W": "in_proj_weight", "qkv/b": "in_proj_bias",
+             "out/W": "out_proj.weight", "out/b": "out_proj.bias"},
+        )
+        for name in ("attention", "causal")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_layers_of_sequences_are_those_of_pytorch(name):
+    torch = pytest.importorskip("torch")
+    layer, make, names = PEERS[name]
+    peer, x = make(torch).double(), np.random.default_rng(0).normal(size=(4, 5, 3))
+    params = as_dtype(with_values(layer.init(0, (5, 3))[0], 1), np.float64)
+    own, flat = dict(peer.named_parameters()), nn.tree_flatten(params)
+    with torch.no_grad():
+        for entry in own.values():
+            entry[...] = 0
+        for path, its in names.items():
+            own[its][...] = torch.from_numpy(np.ascontiguousarray(flat[path].T))
+    given = torch.from_numpy(x).requires_grad_()
+    if name in ("attention", "causal"):
+        later = torch.triu(torch.ones(5, 5, dtype=torch.bool), 1)
+        expected = peer(given, given, given, attn_mask=later if name == "causal" else None)[0]
+    else:
+        expected = peer(given)[0][..., slice(6, 12) if name.endswith("reverse") else slice(6)]
+    y, cache = layer.forward(params, x)
+    dx, grads = layer.backward(params, cache, upstream(y))
+    expected.backward(torch.from_numpy(upstream(y)))
+    np.testing.assert_allclose(y, expected.detach().numpy(), rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(dx, given.grad.numpy(), rtol=1e-10, atol=1e-10)
+    for path, gradient in nn.tree_flatten(grads).items():
+        expected = own[names[path]].grad.numpy().T
+        np.testing.assert_allclose(gradient, expected, rtol=1e-10, atol=1e-10)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1754,7 +2004,8 @@ REPRS = [
     "linear(3, init=normal(0.1))", "leaky_relu(0.3)", "dropout(0.5)", "batch_norm()",
     "batch_norm(eps=0.1)", "conv2d(8, 3)", "conv2d(8, 3, stride=2, padding=1)",
     "conv2d(8, (3, 2), groups=2)", "conv2d(8, 3, padding='same')", "max_pool2d(2)",
-    "max_pool2d(3, stride=2, padding=1)", "sequential()",
+    "max_pool2d(3, stride=2, padding=1)", "sequential()", "embedding(9, 4)",
+    "position_embedding(init=zeros)", "lstm(8, reverse=True)", "attention(2, causal=True)",
     "sequential(flatten(), linear(4), act=relu())",
     "sequential(hidden=linear(256), act=relu(), out=linear(10))", "residual(linear(3))",
     "residual(sequential(linear(3), relu()), linear(3, bias=False))",
@@ -4163,6 +4414,7 @@ PARAMETERS = {  # parameter, or function.parameter: (a right value, rows of wron
     **dict.fromkeys(("patience", "step"), (1, whole(0))),
     "index": (1, whole(0) + value_error(r"must be below 2\*\*32, got 42949672", 2**32, 2**32 + 1)),
     **dict.fromkeys(("out", "shards", "count", "batches.size"), (4, whole(1))),
+    **dict.fromkeys(("units", "heads", "embedding.size"), (2, whole(1))),
     **dict.fromkeys(("every", "steps", "half_cycle"), (4, whole(1))),
     **dict.fromkeys(("kernel", "stride", "size"), (2, pair_of(1))),
     "key": (0, NO_KEYS),
@@ -4170,7 +4422,7 @@ PARAMETERS = {  # parameter, or function.parameter: (a right value, rows of wron
     "value": (1.0, number(r">= -3.40282e\+38 and <= 3.40282e\+38", math.inf, 1e39)),
     **dict.fromkeys(("std", "limit"), (1.0, number(r">= 0 and <= 3.40282e\+38", -1.0, math.inf))),
     "init": (nn.zeros, NO_FUNCTIONS),
-    "bias": (True, NO_BOOLS),
+    **dict.fromkeys(("bias", "reverse", "causal"), (True, NO_BOOLS)),
     "slope": (0.1, number("finite", math.inf)),
     **dict.fromkeys(("alpha", "eps", "delta", "rtol", "max_norm"), (0.1, POSITIVE)),
     "dilation": ((1, 1), pair_of(1)),
@@ -4355,6 +4607,7 @@ DEFAULTS = {
     "linear": [nn.he_normal, True], "conv2d": [1, 0, 1, 1, nn.he_normal, True],
     "conv1d": [1, 0, 1, 1, nn.he_normal, True],
     "conv2d_transpose": [1, 0, 0, 1, 1, nn.he_normal, True],
+    "rnn": [False], "gru": [False], "lstm": [False], "attention": [False],
     "max_pool2d": [None, 0], "avg_pool2d": [None, 0], "update_statistics": [0.1],
     "softmax_cross_entropy": [0.0, None], "hinge": [1.0, None], "huber": [1.0, None],
     "concatenate": [1], "batches": [False], "sgd": [0.0, False, 0.0],
@@ -4411,7 +4664,7 @@ def test_every_row_about_a_parameter_is_used():
 
 def test_only_the_first_obvious_options_of_layers_are_positional():
     by_position = {"out", "kernel", "size", "slope", "alpha", "rate", "branch", "shortcut"}
-    by_position |= {"groups", "factor"}
+    by_position |= {"groups", "factor", "count", "units", "heads"}
     for name in LAYERS:
         for parameter in inspect.signature(getattr(nn, name)).parameters.values():
             if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
@@ -4425,6 +4678,12 @@ def test_only_the_first_obvious_options_of_layers_are_positional():
         lambda: nn.gelu(True),
         lambda: nn.max_pool2d(2, 2),
         lambda: nn.avg_pool2d(2, 2),
+        lambda: nn.embedding(4, 3, nn.zeros),
+        lambda: nn.position_embedding(nn.zeros),
+        lambda: nn.rnn(4, True),
+        lambda: nn.gru(4, 3),
+        lambda: nn.lstm(4, 3),
+        lambda: nn.attention(4, 2),
     ):
         with pytest.raises(TypeError, match="positional argument"):
             call()
@@ -4487,7 +4746,9 @@ def wrong_params(params, entry):
         if last not in entry.optional:
             yield without(params, path), ValueError, ".*there is no entry '(W|gamma|.*)' in", False
         for bad in no_arrays(leaf):
-            yield replaced(params, path, bad), TypeError, f".*: {last} must be", False
+            if isinstance(bad, dict) and "qkv" in params:
+                continue  # to attention this is an entry that is missing
+            yield replaced(params, path, bad), TypeError, f".*(: |/){last} must be", False
         for bad in other_axes(leaf):
             yield replaced(params, path, bad), ValueError, f".*{last}", False
         for bad in of_other_sizes(leaf) if last not in entry.free else ():
@@ -4564,6 +4825,8 @@ LINEAR, THREE, CONV = nn.linear(9), nn.linear(3), nn.conv2d(4, 3, groups=2)
 CONV1D, TRANSPOSE = nn.conv1d(4, 3, groups=2), nn.conv2d_transpose(4, 3, groups=2)
 FEATURES = {"gamma": (3,), "beta": (3,)}
 CHANNELS = {**FEATURES, "mean": (3,), "var": (3,)}
+GRU = {"W": (2, 9), "U": (3, 9), "b": (9,), "c": (9,)}
+LSTM = {"W": (2, 8), "U": (2, 8), "b": (8,)}
 EMPTY = "; only N may be empty"
 DOES_NOT_FIT: list = [  # (layer, shape of x, shapes of its params, what is said after its name)
     (LINEAR, (2, 100), {"W": (784, 10)}, "x has 100 features, but W takes 784"),
@@ -4599,6 +4862,19 @@ DOES_NOT_FIT: list = [  # (layer, shape of x, shapes of its params, what is said
         for shape in ((4,), (2, 3, 4), (2, 3, 4, 5, 6))
     ),
     (nn.batch_norm(), (3, 3), {**CHANNELS, "var": (3, 3)}, "var must be (C,), got shape (3, 3)"),
+    (nn.position_embedding(), (2, 5, 3), {"P": (4, 3)}, "x has 5 steps, but P takes at most 4"),
+    (nn.position_embedding(), (2, 5, 3), {"P": (5, 4)}, "x has 3 features, but P takes 4"),
+    (nn.rnn(3), (2, 5, 2), {"W": (2, 3), "U": (3, 4), "b": (3,)},
+     "U must be (units, units), got shape (3, 4)"),
+    (nn.rnn(3), (2, 5, 2), {"W": (2, 3), "U": (4, 4), "b": (3,)}, "W has 3 units, but U takes 4"),
+    (nn.gru(3), (2, 5, 4), GRU, "x has 4 features, but W takes 2"),
+    (nn.gru(3), (2, 5, 2), {**GRU, "W": (2, 10)}, "W must be (D, 3·units), got shape (2, 10)"),
+    (nn.gru(3), (2, 5, 2), {**GRU, "U": (3, 12)}, "U must be (units, 3·units), got shape (3, 12)"),
+    (nn.gru(3), (2, 5, 2), {**GRU, "c": (6,)}, "W has 3 units, but c takes 2"),
+    (nn.lstm(2), (2, 5), LSTM, "x must be (N, T, D), got shape (2, 5)"),
+    (nn.lstm(2), (2, 0, 2), LSTM, "x must be (N, T, D), got shape (2, 0, 2)" + EMPTY),
+    (nn.lstm(2), (2, 5, 2), {**LSTM, "c": (8,)},
+     "params have unknown entries ['c'], expected ['U', 'W', 'b']"),
     (CONV, (1, 3, 5, 5), {"W": (4, 1, 3, 3)}, "x has 3 channels, but W takes 2"),
     (CONV, (1, 1, 5, 5), {"W": (4, 1, 3, 3)}, "x has 1 channels, but W takes 2"),
     (CONV1D, (1, 3, 5), {"W": (4, 1, 3)}, "x has 3 channels, but W takes 2"),
@@ -4677,6 +4953,19 @@ def forward_of_ones(layer, shape, shapes):
 
 
 TWO_INPUTS = nn.concatenate(a=nn.relu(), b=nn.relu())
+
+
+def attend(heads, shape, D, **changed):
+    """A forward pass of attention over D features, with some of its entries of other shapes."""
+    entries = {"qkv/W": (D, 3 * D), "qkv/b": (3 * D,), "out/W": (D, D), "out/b": (D,), **changed}
+    ones = {path: np.ones(sizes) for path, sizes in entries.items() if sizes is not None}
+    return nn.attention(heads).forward(nn.tree_unflatten(ones), np.ones(shape))
+
+
+def embed(x, W=np.ones((3, 2))):
+    return nn.embedding(3, 2).forward({"W": W}, x)
+
+
 UNTYPED: Any = nn  # mypy would refuse what is refused here
 SENTENCES: list = [  # (call, exception, what is said)
     *((partial(forward_of_ones, *row), ValueError, f"{name_of(row[0].forward)}: {words}")
@@ -4756,6 +5045,33 @@ SENTENCES: list = [  # (call, exception, what is said)
         nn.training(nn.batch_norm().init(0, (3,))[0], 0), np.ones(batch)), ValueError,
        f"batch_norm: training needs 2 values per channel, got {count}")
       for batch, count in (((1, 3), 1), ((0, 3), 0))),
+    *((partial(layer.init, 0, (5,)), ValueError, f"{name}: shape must be (T, D), got (5,)")
+      for name, layer in {"position_embedding": nn.position_embedding(), "rnn": nn.rnn(2), "gru":
+                          nn.gru(2), "lstm": nn.lstm(2), "attention": nn.attention(1)}.items()),
+    *((call, ValueError, "attention: 4 heads do not divide the 6 features of x") for call in
+      (lambda: nn.attention(4).init(0, (5, 6)), lambda: attend(4, (2, 5, 6), 6))),
+    *((partial(attend, *given, **changed), ValueError, f"attention: {words}")
+      for given, changed, words in [
+          ((2, (2, 5, 6), 4), {}, "x has 6 features, but qkv/W takes 4"),
+          ((2, (2, 5), 4), {}, "x must be (N, T, D), got shape (2, 5)"),
+          ((2, (2, 5, 4), 4), {"qkv/W": (4, 13)}, "qkv/W must be (D, 3·D), got shape (4, 13)"),
+          ((2, (2, 5, 4), 4), {"qkv/b": (3,)}, "x has 4 features, but qkv/b takes 1"),
+          ((2, (2, 5, 4), 4), {"out/W": (4, 3)}, "out/W must be (D, D), got shape (4, 3)"),
+          ((2, (2, 5, 4), 4), {"out/b": None},
+           "there is no entry 'out/b' in ['out/W', 'qkv/W', 'qkv/b']"),
+          ((2, (2, 5, 4), 4), {"v": ()}, "params have unknown entries ['v'],"
+           " expected ['out/W', 'out/b', 'qkv/W', 'qkv/b']"),
+      ]),
+    (lambda: nn.attention(1).forward({"qkv": Z, "out": {}}, np.ones((1, 1, 1))), TypeError,
+     "attention: qkv must be a dict, got ndarray of float64 and shape (2, 3)"),
+    *((partial(embed, np.array(x)), ValueError,
+       f"embedding: x must be from 0 to 2, got {x[0]} to {x[1]}") for x in ([1, 3], [-1, 2])),
+    *((partial(embed, np.ones(2, kind)), TypeError,
+       f"embedding: x must be whole numbers, got {kind}; convert it with x.astype(int)")
+      for kind in ("float32", "float64", "bool")),
+    (partial(embed, [0, 1]), TypeError, "embedding: x must be a NumPy array, got list"),
+    (partial(embed, np.array([0]), Z.astype("i8")), TypeError,
+     "embedding: W must be float32 or float64, got int64; convert it with W.astype(np.float32)"),
     (lambda: nn.sequential(nn.linear(3)).forward({"x": {}}, Z), ValueError,
      "sequential: params have unknown entries ['x'], expected ['0']"),
     *((partial(layer.backward, {}, {}, Z), ValueError,
