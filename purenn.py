@@ -25,6 +25,7 @@ Copy this file into your project; it needs NumPy (1.26 or newer) and nothing els
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import math
 import os
@@ -592,6 +593,17 @@ def _constructor(function: _Function) -> _Function:
     return cast(_Function, construct)
 
 
+def _layer(*functions: Callable[..., Any], **options: Any) -> Layer:
+    """A layer of these three functions, each given those of the options that it takes."""
+    bound = []
+    for function in functions:
+        takes = inspect.signature(function).parameters
+        all_of_them = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+        own = {name: options[name] for name in options if all_of_them or name in takes}
+        bound.append(partial(function, **own) if own else function)
+    return Layer(*bound)
+
+
 _WORDS = {"in": "features", "out": "outputs", "C": "channels", "D": "features"}  # in messages
 
 
@@ -843,7 +855,7 @@ def linear_backward(
 def linear(out: int, *, init: Initializer = he_normal, bias: bool = True) -> Layer:
     """Fully connected layer with `out` units: y = x W + b. Any number of leading axes."""
     options = _weight_options("linear", out, init, bias)
-    return Layer(partial(linear_init, **options), linear_forward, linear_backward)
+    return _layer(linear_init, linear_forward, linear_backward, **options)
 
 
 # --- shape ---
@@ -851,9 +863,9 @@ def linear(out: int, *, init: Initializer = he_normal, bias: bool = True) -> Lay
 _FLATTEN = _Form("N ...", y="")
 
 
-def identity_init(key: Key, shape: Shape, *, where: str = "identity") -> tuple[Tree, Shape]:
+def identity_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
     """No params, and the shape is unchanged."""
-    return {}, _ANY.shape(where, shape)
+    return {}, _ANY.shape("identity", shape)
 
 
 def shape_init(key: Key, shape: Shape, *, forward: Any) -> tuple[Tree, Shape]:
@@ -865,9 +877,8 @@ def shape_init(key: Key, shape: Shape, *, forward: Any) -> tuple[Tree, Shape]:
 
 def _without_params(forward: Any, backward: Any, **options: Any) -> Layer:
     """A layer without params whose forward and backward take these options."""
-    if options:
-        forward, backward = partial(forward, **options), partial(backward, **options)
-    return Layer(partial(shape_init, forward=forward), forward, backward)
+    layer = _layer(shape_init, forward, backward, **options)
+    return Layer(partial(shape_init, forward=layer.forward), *layer[1:])
 
 
 @_ANY.forward
@@ -1237,8 +1248,7 @@ def dropout(rate: float) -> Layer:
     rate outside [0, 1).
     """
     rate = _number("dropout", "rate", rate, minimum=0, below=1)
-    init = partial(identity_init, where="dropout")
-    return Layer(init, partial(dropout_forward, rate=rate), dropout_backward)
+    return _without_params(dropout_forward, dropout_backward, rate=rate)
 
 
 # --- normalization ---
@@ -1331,7 +1341,7 @@ def batch_norm(*, eps: float = 1e-5) -> Layer:
     ValueError while training on fewer than two values per channel.
     """
     eps = _number("batch_norm", "eps", eps, above=0, below=math.inf)
-    return Layer(batch_norm_init, partial(batch_norm_forward, eps=eps), batch_norm_backward)
+    return _layer(batch_norm_init, batch_norm_forward, batch_norm_backward, eps=eps)
 
 
 def _parts(cache: Any) -> Tree:
@@ -1435,7 +1445,7 @@ def layer_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tr
 def layer_norm(*, eps: float = 1e-5) -> Layer:
     """Normalizes each sample over its last axis (Ba et al. 2016), as PyTorch does."""
     eps = _number("layer_norm", "eps", eps, above=0, below=math.inf)
-    return Layer(layer_norm_init, partial(layer_norm_forward, eps=eps), layer_norm_backward)
+    return _layer(layer_norm_init, layer_norm_forward, layer_norm_backward, eps=eps)
 
 
 _GROUP_NORM = _Form("N C ...", gamma="C", beta="C")
@@ -1489,11 +1499,8 @@ def group_norm(groups: int, *, eps: float = 1e-5) -> Layer:
     """
     groups = _whole("group_norm", "groups", groups, 1)
     eps = _number("group_norm", "eps", eps, above=0, below=math.inf)
-    return Layer(
-        partial(group_norm_init, groups=groups),
-        partial(group_norm_forward, groups=groups, eps=eps),
-        partial(group_norm_backward, groups=groups),
-    )
+    functions = group_norm_init, group_norm_forward, group_norm_backward
+    return _layer(*functions, groups=groups, eps=eps)
 
 
 # --- recurrence and attention ---
@@ -1809,37 +1816,30 @@ def _batch_first(rows: Array) -> Array:
 
 
 Pair = tuple[int, int]
-Sides = tuple[Pair, ...]  # of each axis: (above, below), (left, right)
+Sides = Sequence[Pair]  # of each axis: (above, below), (left, right)
 
 
-def _pair(where: str, name: str, value: Any, minimum: int) -> Pair:
-    """A whole number, or one for the height and one for the width, as a pair."""
-    pair = value if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(
-            f"{where}: {name} must be a whole number or a pair of them, got {len(pair)} values"
-        )
-    return _whole(where, name, pair[0], minimum), _whole(where, name, pair[1], minimum)
+def _sizes(where: str, name: str, value: Any, minimum: int, axes: int = 2) -> Shape:
+    """A whole number for each axis; one number stands for both axes of an image."""
+    sizes = value if axes == 2 and isinstance(value, (tuple, list)) else (value,) * axes
+    if len(sizes) != axes:
+        wanted = "a whole number or a pair of them"
+        raise ValueError(f"{where}: {name} must be {wanted}, got {len(sizes)} values")
+    return tuple(_whole(where, name, size, minimum) for size in sizes)
 
 
 class _Windows(NamedTuple):
     """How windows move over an image, down and across."""
 
-    size: Pair
-    counts: Pair  # what is padded below and to the right follows from it
-    stride: Pair
-    before: Pair  # pixels of padding above and to the left; negative ones leave pixels out
-    dilation: Pair = (1, 1)
+    size: Shape
+    counts: Shape  # what is padded below and to the right follows from it
+    stride: Shape
+    before: Shape  # pixels of padding above and to the left; negative ones leave pixels out
+    dilation: Shape = (1, 1)
 
 
 def _windows(
-    where: str,
-    image: Shape,
-    size: Shape,
-    *,
-    stride: Shape,
-    padding: Sides,
-    dilation: Shape = (1, 1),
+    where: str, image: Shape, size: Shape, stride: Shape, padding: Sides, dilation: Shape = (1, 1)
 ) -> _Windows:
     """The windows that fit into an image (H, W), or a sequence (T,), with padding around it."""
     covered = [d * (taps - 1) + 1 for d, taps in zip(dilation, size, strict=True)]
@@ -1847,10 +1847,9 @@ def _windows(
     counts = [(p - c) // s + 1 for p, c, s in zip(padded, covered, stride, strict=True)]
     if min(counts) < 1:
         window, whole = (" x ".join(map(str, lengths)) for lengths in (covered, padded))
-        pixels, kind = ("pixels", "image") if len(image) == 2 else ("steps", "sequence")
-        raise ValueError(
-            f"{where}: the window covers {window} {pixels}, but the padded {kind} has {whole}"
-        )
+        unit, what = ("pixels", "image") if len(image) == 2 else ("steps", "sequence")
+        has = f"the padded {what} has {whole}"
+        raise ValueError(f"{where}: the window covers {window} {unit}, but {has}")
     before = [sides[0] for sides in padding]
     axes = [(1, 1, 1, 0, 1), *zip(size, counts, stride, before, dilation, strict=True)]
     return _Windows(*zip(*axes[-2:], strict=True))  # a sequence is an image of one row
@@ -1864,10 +1863,15 @@ def _overlap(count: int, step: int, offset: int, length: int) -> tuple[slice, sl
     return slice(first, last), slice(start, start + (last - first) * step, step)
 
 
-def _taps(windows: _Windows, length: int, axis: int) -> list[tuple[slice, slice]]:
-    """For each tap along an axis of `length` pixels: (windows that have a pixel there, these)."""
+def _taps(windows: _Windows, length: int, axis: int) -> list[tuple[Any, Any]]:
+    """For each tap along axis 0 (down) or 1 (across), of `length` pixels, two indices of rows.
+
+    One is that of the windows which have a pixel there, the other that of these pixels.
+    """
     size, count, stride, before, dilation = (both[axis] for both in windows)
-    return [_overlap(count, stride, i * dilation - before, length) for i in range(size)]
+    overlaps = [_overlap(count, stride, i * dilation - before, length) for i in range(size)]
+    others = (slice(None),) * (2 * axis)
+    return [((*others, covering), (*others, pixels)) for covering, pixels in overlaps]
 
 
 def _padded(rows: Array, windows: _Windows, top: int, height: int, step: int = 1) -> Array:
@@ -1905,9 +1909,7 @@ def _spans(height: int, windows: _Windows, start: int, stop: int) -> list[tuple[
     kh, _, stride, above, dilation = (both[0] for both in windows)
     spans: list[tuple[slice, slice]] = []
     for row in range(start, stop):
-        top = row * stride - above
-        first = max(0, -(top // dilation))
-        taps = slice(first, max(first, min(kh, (height - 1 - top) // dilation + 1)))
+        taps, _ = _overlap(kh, dilation, row * stride - above, height)
         if spans and spans[-1][1] == taps:
             spans[-1] = slice(spans[-1][0].start, row + 1), taps
         else:
@@ -2036,7 +2038,7 @@ def _correlate_transposed(
     dx = np.zeros(shape, drows.dtype)
     columns = parts.reshape(H, C, kw, Wo, N)
     for j, (covering, pixels) in enumerate(_taps(windows, width, 1)):
-        dx[:, :, pixels] += columns[:, :, j, covering]
+        dx[pixels] += columns[:, :, j][covering]
     return dx
 
 
@@ -2049,12 +2051,6 @@ def _check_groups(where: str, groups: int, channels: int, owner: str) -> None:
     if channels % groups:
         message = f"{groups} groups do not divide the {channels} channels of {owner}"
         raise ValueError(f"{where}: {message}")
-
-
-def _out_groups(where: str, groups: Any, out: int) -> int:
-    groups = _whole(where, "groups", groups, 1)
-    _check_groups(where, groups, out, "y")
-    return groups
 
 
 def _conv_init(
@@ -2104,31 +2100,33 @@ def _conv_backward(
     return dx if x.ndim == 4 else dx[:, :, 0], grads
 
 
-def _single(where: str, name: str, value: Any, minimum: int) -> Shape:
-    return (_whole(where, name, value, minimum),)
+def _convolution(
+    where: str, axes: int, out: Any, kernel: Any, groups: Any, init: Any, bias: Any, **moves: Any
+) -> Tree:
+    """The options of a convolution, checked: padding as its sides, the others with a number each.
 
-
-def _moves(
-    where: str, axes: int, kernel: Any, stride: Any, padding: Any, dilation: Any
-) -> tuple[Shape, Tree]:
-    """The kernel's size and how it moves, checked, with a number for each axis."""
-    check = _pair if axes == 2 else _single
-    size, strides = check(where, "kernel", kernel, 1), check(where, "stride", stride, 1)
-    dilations = check(where, "dilation", dilation, 1)
-    missing = [d * (taps - 1) for d, taps in zip(dilations, size, strict=True)]
+    `moves` are stride, dilation and padding, the latter a number or a word.
+    """
+    options = _weight_options(where, out, init, bias)
+    options["kernel"] = _sizes(where, "kernel", kernel, 1, axes)
+    stride, dilation = (_sizes(where, x, moves[x], 1, axes) for x in ("stride", "dilation"))
+    missing = [d * (taps - 1) for d, taps in zip(dilation, options["kernel"], strict=True)]
     words = {"conv1d": "a number, 'same' or 'causal'", "conv2d": "numbers or 'same'"}
-    expected = words.get(where, "numbers")
+    padding, expected = moves["padding"], words.get(where, "numbers")
     if not isinstance(padding, str):
-        sides = [(pixels, pixels) for pixels in check(where, "padding", padding, 0)]
+        sides = [(pixels, pixels) for pixels in _sizes(where, "padding", padding, 0, axes)]
     elif repr(padding) not in expected:
         raise ValueError(f"{where}: padding must be {expected}, got {padding!r}")
     elif padding == "causal":
         sides = [(missing[0], 0)]
-    elif max(strides) > 1:
-        raise ValueError(f"{where}: padding 'same' goes with stride 1, got {stride}")
+    elif max(stride) > 1:
+        raise ValueError(f"{where}: padding 'same' goes with stride 1, got {moves['stride']}")
     else:
         sides = [(pixels // 2, pixels - pixels // 2) for pixels in missing]
-    return size, {"stride": strides, "padding": tuple(sides), "dilation": dilations}
+    options["groups"] = _whole(where, "groups", groups, 1)
+    _check_groups(where, options["groups"], out, "y")
+    options["moves"] = {"stride": stride, "padding": tuple(sides), "dilation": dilation}
+    return options
 
 
 _CONV2D = _Form(**_IMAGES, y="", W="out in kh kw", b_="out")
@@ -2186,14 +2184,9 @@ def conv2d(
     into the padded image, channels that W does not take and groups that do not divide; `init`
     finds these from the shape alone.
     """
-    weights = _weight_options("conv2d", out, init, bias)
-    size, moves = _moves("conv2d", 2, kernel, stride, padding, dilation)
-    options: Tree = {"groups": _out_groups("conv2d", groups, out), "moves": moves}
-    return Layer(
-        partial(conv2d_init, kernel=size, **options, **weights),
-        partial(conv2d_forward, **options),
-        partial(conv2d_backward, **options),
-    )
+    moves = {"stride": stride, "padding": padding, "dilation": dilation}
+    options = _convolution("conv2d", 2, out, kernel, groups, init, bias, **moves)
+    return _layer(conv2d_init, conv2d_forward, conv2d_backward, **options)
 
 
 _CONV1D = _Form("N C T", y="", W="out in k", b_="out")
@@ -2238,89 +2231,69 @@ def conv1d(
     Padding "causal" puts dilation · (kernel - 1) zeros to the left, so that y never sees what comes
     after it.
     """
-    weights = _weight_options("conv1d", out, init, bias)
-    size, moves = _moves("conv1d", 1, kernel, stride, padding, dilation)
-    options: Tree = {"groups": _out_groups("conv1d", groups, out), "moves": moves}
-    return Layer(
-        partial(conv1d_init, kernel=size, **options, **weights),
-        partial(conv1d_forward, **options),
-        partial(conv1d_backward, **options),
-    )
+    moves = {"stride": stride, "padding": padding, "dilation": dilation}
+    options = _convolution("conv1d", 1, out, kernel, groups, init, bias, **moves)
+    return _layer(conv1d_init, conv1d_forward, conv1d_backward, **options)
 
 
 _CONV2D_TRANSPOSE = _Form(**_IMAGES, y="", W="C own kh kw", b_="out")
 
 
-def _transposed(
-    image: Shape, W: Shape, groups: int, extra: Pair, moves: Tree
-) -> tuple[Shape, _Windows]:
+def _transposed(image: Shape, W: Shape, groups: int, moves: Tree) -> tuple[Shape, _Windows]:
     """(shape of a sample of y, how the convolution moves over it that has x as its result)."""
     _check_groups("conv2d_transpose", groups, W[0], "x")
+    before = tuple(above for above, _ in moves["padding"])
+    windows = _Windows(W[2:], image, moves["stride"], before, moves["dilation"])
     size = [
-        (length - 1) * stride - sum(sides) + dilation * (taps - 1) + 1 + more
-        for length, taps, more, stride, sides, dilation in zip(
-            image, W[2:], extra, moves["stride"], moves["padding"], moves["dilation"], strict=True
+        (count - 1) * stride - 2 * before + dilation * (taps - 1) + 1 + more
+        for taps, count, stride, before, dilation, more in zip(
+            *windows, moves["output_padding"], strict=True
         )
     ]
     if min(size) < 1:
         raise ValueError(f"conv2d_transpose: y would have {size[0]} x {size[1]} pixels")
-    (above, _), (left, _) = moves["padding"]
-    windows = _Windows(
-        (W[2], W[3]), (image[0], image[1]), moves["stride"], (above, left), moves["dilation"]
-    )
     return (W[1] * groups, *size), windows
 
 
 def conv2d_transpose_init(
-    key: Key,
-    shape: Shape,
-    *,
-    out: int,
-    kernel: Shape,
-    init: Initializer,
-    bias: bool,
-    groups: int,
-    output_padding: Pair,
-    moves: Tree,
+    key: Key, shape: Shape, *, groups: int, kernel: Shape, moves: Tree, **weights: Any
 ) -> tuple[Tree, Shape]:
     """W (C, out/groups, kh, kw) from `init`, b (out,) of zeros; (C, H, W) becomes (out, Ho, Wo).
 
     Ho = (H - 1) · stride - 2 · padding + dilation · (kh - 1) + output_padding + 1, and so Wo.
     """
     C, *image = _CONV2D_TRANSPOSE.shape("conv2d_transpose", shape)
-    W = (C, out // groups, *kernel)
-    y, _ = _transposed(tuple(image), W, groups, output_padding, moves)
-    return _weights("conv2d_transpose", key, init, W, out, bias), y
+    W = (C, weights["out"] // groups, *kernel)
+    y, _ = _transposed(tuple(image), W, groups, moves)
+    return _weights("conv2d_transpose", key, shape=W, **weights), y
 
 
 @_CONV2D_TRANSPOSE.forward
 def conv2d_transpose_forward(
-    params: Tree, x: Array, *, groups: int, output_padding: Pair, moves: Tree
+    params: Tree, x: Array, *, groups: int, moves: Tree
 ) -> tuple[Array, Array]:
     """y[n, o, r·stride + i·dilation - padding, ...] = b[o] + Σ W[c, o, i, j] · x[n, c, r, s].
 
     Each pixel of x adds W, times its value, to a window of y: the adjoint of `conv2d_forward`.
     """
     W = params["W"]
-    (out, *image), windows = _transposed(x.shape[2:], W.shape, groups, output_padding, moves)
+    (out, *image), windows = _transposed(x.shape[2:], W.shape, groups, moves)
     shape = (image[0], out, image[1], len(x))
     y = _correlate_transposed(_rows_first(x), W, shape, windows, groups)
     if "b" in params:
-        if len(params["b"]) != out:
-            raise ValueError(
-                f"conv2d_transpose: W has {out} outputs, but b takes {len(params['b'])}"
-            )
+        if (size := len(params["b"])) != out:
+            raise ValueError(f"conv2d_transpose: W has {out} outputs, but b takes {size}")
         y += params["b"][:, None, None]
     return _batch_first(y), x
 
 
 @_CONV2D_TRANSPOSE.backward()
 def conv2d_transpose_backward(
-    params: Tree, cache: Array, dy: Array, *, groups: int, output_padding: Pair, moves: Tree
+    params: Tree, cache: Array, dy: Array, *, groups: int, moves: Tree
 ) -> tuple[Array, Tree]:
     """dx is dy convolved with W, dW that of a convolution from y to x, db = Σ dy."""
     x, W = cache, params["W"]
-    y, windows = _transposed(x.shape[2:], W.shape, groups, output_padding, moves)
+    y, windows = _transposed(x.shape[2:], W.shape, groups, moves)
     drows = _rows_first(_gradient("conv2d_transpose", dy, (len(x), *y), x.dtype))
     rows = _rows_first(x)
     grads = {"W": _correlate_kernel(drows, rows, W.shape, windows, groups)}
@@ -2351,29 +2324,16 @@ def conv2d_transpose(
     ValueError for a y without pixels and the errors of `conv2d`.
     """
     where = "conv2d_transpose"
-    weights = _weight_options(where, out, init, bias)
-    size, moves = _moves(where, 2, kernel, stride, padding, dilation)
-    extra = _pair(where, "output_padding", output_padding, 0)
-    limits = [max(pair) for pair in zip(moves["stride"], moves["dilation"], strict=True)]
-    if extra[0] >= limits[0] or extra[1] >= limits[1]:
-        raise ValueError(
-            f"{where}: output_padding must be less than stride or dilation, got {extra}"
-        )
-    options: Tree = {
-        "groups": _out_groups(where, groups, out),
-        "output_padding": extra,
-        "moves": moves,
-    }
-    return Layer(
-        partial(conv2d_transpose_init, kernel=size, **options, **weights),
-        partial(conv2d_transpose_forward, **options),
-        partial(conv2d_transpose_backward, **options),
-    )
-
-
-def _axis_index(axis: int, pixels: slice) -> tuple[slice, ...]:
-    """The index of these pixels along axis 0 (down) or 1 (across) of rows (H, C, W, N)."""
-    return (pixels,) if axis == 0 else (slice(None), slice(None), pixels)
+    moves = {"stride": stride, "padding": padding, "dilation": dilation}
+    options = _convolution(where, 2, out, kernel, groups, init, bias, **moves)
+    moves = options["moves"]
+    extra = moves["output_padding"] = _sizes(where, "output_padding", output_padding, 0)
+    limits = map(max, moves["stride"], moves["dilation"])
+    if any(more >= limit for more, limit in zip(extra, limits, strict=True)):
+        below = "less than stride or dilation"
+        raise ValueError(f"{where}: output_padding must be {below}, got {extra}")
+    functions = conv2d_transpose_init, conv2d_transpose_forward, conv2d_transpose_backward
+    return _layer(*functions, **options)
 
 
 def _pool_axis(
@@ -2384,7 +2344,7 @@ def _pool_axis(
     shape[2 * axis] = windows.counts[axis]
     y = np.empty(shape, rows.dtype)
     for tap, (covering, pixels) in enumerate(_taps(windows, rows.shape[2 * axis], axis)):
-        part, covered = y[_axis_index(axis, covering)], rows[_axis_index(axis, pixels)]
+        part, covered = y[covering], rows[pixels]
         if tap:
             combine(part, covered, out=part)
         else:
@@ -2398,8 +2358,7 @@ def _to_largest(rows: Array, y: Array, dy: Array, windows: _Windows, axis: int) 
     """dy of each window, given to the first pixel that has the window's maximum y."""
     dx = np.zeros(rows.shape, rows.dtype)
     left = dy
-    for tap, (covering, pixels) in enumerate(_taps(windows, rows.shape[2 * axis], axis)):
-        window, pixel = _axis_index(axis, covering), _axis_index(axis, pixels)
+    for tap, (window, pixel) in enumerate(_taps(windows, rows.shape[2 * axis], axis)):
         given = left[window]
         if tap < windows.size[axis] - 1:  # what is left then is the last one's
             given = (rows[pixel] == y[window]).astype(dy.dtype)
@@ -2413,24 +2372,16 @@ def _to_largest(rows: Array, y: Array, dy: Array, windows: _Windows, axis: int) 
     return dx
 
 
-def _pool2d(
-    where: str,
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
-    size: Any,
-    stride: Any,
-    padding: Any,
-) -> Layer:
+def _pool2d(where: str, size: Any, stride: Any, padding: Any, *functions: Any) -> Layer:
     """A pool, its options checked; without a stride the windows lie side by side."""
-    size = _pair(where, "size", size, 1)
-    stride = size if stride is None else _pair(where, "stride", stride, 1)
-    down, across = _pair(where, "padding", padding, 0)
-    if 2 * down > size[0] or 2 * across > size[1]:
-        raise ValueError(
-            f"{where}: padding must be at most half of the window {size}, got {(down, across)}"
-        )
-    sides = (down, down), (across, across)
-    return _without_params(forward, backward, size=size, stride=stride, padding=sides)
+    size = _sizes(where, "size", size, 1)
+    stride = size if stride is None else _sizes(where, "stride", stride, 1)
+    pixels = _sizes(where, "padding", padding, 0)
+    if 2 * pixels[0] > size[0] or 2 * pixels[1] > size[1]:
+        most = f"at most half of the window {size}"
+        raise ValueError(f"{where}: padding must be {most}, got {pixels}")
+    sides = tuple((number, number) for number in pixels)
+    return _without_params(*functions, size=size, stride=stride, padding=sides)
 
 
 @_POOLED.forward
@@ -2471,7 +2422,7 @@ def max_pool2d(
     `size`, `stride` and `padding` (at most half the window) are numbers or pairs (height, width).
     ValueError for a window that does not fit into the padded image.
     """
-    return _pool2d("max_pool2d", max_pool2d_forward, max_pool2d_backward, size, stride, padding)
+    return _pool2d("max_pool2d", size, stride, padding, max_pool2d_forward, max_pool2d_backward)
 
 
 @_POOLED.forward
@@ -2503,7 +2454,7 @@ def avg_pool2d_backward(
         shape[2 * axis] = x.shape[2 + axis]
         dx = np.zeros(shape, x.dtype)
         for covering, pixels in _taps(windows, x.shape[2 + axis], axis):
-            dx[_axis_index(axis, pixels)] += drows[_axis_index(axis, covering)]
+            dx[pixels] += drows[covering]
     return _batch_first(dx), {}
 
 
@@ -2516,7 +2467,7 @@ def avg_pool2d(
     `size`, `stride` and `padding` (at most half the window) are numbers or pairs (height, width).
     ValueError for a window that does not fit into the padded image.
     """
-    return _pool2d("avg_pool2d", avg_pool2d_forward, avg_pool2d_backward, size, stride, padding)
+    return _pool2d("avg_pool2d", size, stride, padding, avg_pool2d_forward, avg_pool2d_backward)
 
 
 _GLOBAL_AVG_POOL2D = _Form(**_IMAGES, y="N C")
@@ -2562,8 +2513,8 @@ def upsample2d_backward(
 @_constructor
 def upsample2d(factor: int | Pair) -> Layer:
     """Each pixel `factor` times down and across, a number or a pair; PyTorch's nearest Upsample."""
-    pair = _pair("upsample2d", "factor", factor, 1)
-    return _without_params(upsample2d_forward, upsample2d_backward, factor=pair)
+    sizes = _sizes("upsample2d", "factor", factor, 1)
+    return _without_params(upsample2d_forward, upsample2d_backward, factor=sizes)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2596,12 +2547,6 @@ def _named(where: str, layers: Sequence[LayerLike], named_layers: _Layers) -> _L
     for name, layer in children.items():
         _check_layer(where, name, layer)
     return children
-
-
-def _combinator(*functions: Callable[..., Any], **options: Any) -> Layer:
-    """A layer whose functions take these options, its children among them."""
-    init, forward, backward = (partial(function, **options) for function in functions)
-    return Layer(init, forward, backward)
 
 
 _RETURNS = {"init": "(params, shape)", "forward": "(y, cache)", "backward": "(dx, grads)"}
@@ -2707,7 +2652,7 @@ def sequential(*layers: LayerLike, **named_layers: LayerLike) -> Layer:
     "statistics", an empty one or one with "/" in it; TypeError for what is not a layer.
     """
     named = _named("sequential", layers, named_layers)
-    return _combinator(sequential_init, sequential_forward, sequential_backward, layers=named)
+    return _layer(sequential_init, sequential_forward, sequential_backward, layers=named)
 
 
 # --- branches side by side: `heads` keeps their outputs apart, the others join them ---
@@ -2786,7 +2731,7 @@ def heads(**named: LayerLike) -> Layer:
     `sequential(body, heads(digit=linear(10), angle=linear(1)))`. Its loss is a function of your
     own that takes such dicts: (prediction, target) -> (loss, {name: dprediction}).
     """
-    return _combinator(heads_init, heads_forward, heads_backward, layers=_named("heads", (), named))
+    return _layer(heads_init, heads_forward, heads_backward, layers=_named("heads", (), named))
 
 
 def _check_same(branch: Shapes, shortcut: Shapes) -> None:
@@ -2823,7 +2768,7 @@ def residual_backward(
 def residual(branch: LayerLike, shortcut: LayerLike = identity()) -> Layer:
     """y = branch(x) + shortcut(x) (He et al. 2016). Both must give the same shape."""
     layers = _named("residual", (), {"branch": branch, "shortcut": shortcut})
-    return _combinator(residual_init, residual_forward, residual_backward, layers=layers)
+    return _layer(residual_init, residual_forward, residual_backward, layers=layers)
 
 
 def _joined(shapes: Tree, axis: int) -> tuple[tuple[Any, ...], Array]:
@@ -2880,7 +2825,7 @@ def concatenate(*branches: LayerLike, axis: int = 1, **named: LayerLike) -> Laye
     if _whole("concatenate", "axis", axis, -64) == 0:
         raise ValueError("concatenate: axis must not be 0, the batch")
     functions = concatenate_init, concatenate_forward, concatenate_backward
-    return _combinator(*functions, layers=_named("concatenate", branches, named), axis=axis)
+    return _layer(*functions, layers=_named("concatenate", branches, named), axis=axis)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1406,12 +1406,12 @@ def test_a_causal_convolution_sees_no_later_step_and_the_same_one_keeps_the_leng
     image=st.tuples(st.integers(1, 6), st.integers(1, 6)),
 )
 def test_conv2d_transpose_is_the_adjoint_of_conv2d(layer, batch, image):
-    extra, moves = layer.forward.keywords["output_padding"], layer.forward.keywords["moves"]
+    moves = layer.forward.keywords["moves"]
     size, stride, dilation = layer.init.keywords["kernel"], moves["stride"], moves["dilation"]
     lengths = [
         (n - 1) * s - sum(sides) + d * (k - 1) + 1 + e
         for n, s, sides, d, k, e in zip(
-            image, stride, moves["padding"], dilation, size, extra, strict=True
+            image, stride, moves["padding"], dilation, size, moves["output_padding"], strict=True
         )
     ]
     if min(lengths) < 1:
