@@ -520,9 +520,10 @@ def orthogonal(key: Key, shape: Shape) -> Array:
 # ------------------------------------------------------------------------------------------------
 
 
+Gradients = tuple[Data, Tree]  # dx and grads
 Init = Callable[[Key, Shapes], tuple[Tree, Shapes]]
 Forward = Callable[[Tree, Data], tuple[Data, Any]]
-Backward = Callable[[Tree, Any, Data], tuple[Data, Tree]]
+Backward = Callable[[Tree, Any, Data], Gradients]
 
 
 class Differentiable(Protocol):
@@ -810,9 +811,7 @@ def _weight_options(where: str, out: Any, init: Any, bias: Any) -> dict[str, Any
     return {"out": _whole(where, "out", out, 1), "init": init, "bias": bias}
 
 
-def _weights(
-    where: str, key: Key, init: Initializer, shape: Shape, out: int, bias: bool
-) -> dict[str, Array]:
+def _weights(where: str, key: Key, init: Initializer, shape: Shape, out: int, bias: bool) -> Tree:
     """W of `shape` from `init`; b (out,) of zeros if there are biases."""
     W = init(fold_key(key, 0), shape)
     _check_array(where, "what init returned", W)
@@ -821,12 +820,10 @@ def _weights(
     return {"W": W, "b": np.zeros(out, np.float32)} if bias else {"W": W}
 
 
-def linear_init(
-    key: Key, shape: Shape, *, out: int, init: Initializer, bias: bool
-) -> tuple[Tree, Shape]:
+def linear_init(key: Key, shape: Shape, *, out: int, **weights: Any) -> tuple[Tree, Shape]:
     """W (in, out) from `init`, b (out,) of zeros; shape (..., in) becomes (..., out)."""
     *leading, features = _LINEAR.shape("linear", shape)
-    return _weights("linear", key, init, (features, out), out, bias), (*leading, out)
+    return _weights("linear", key, shape=(features, out), out=out, **weights), (*leading, out)
 
 
 @_LINEAR.forward
@@ -839,9 +836,7 @@ def linear_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_LINEAR.backward()
-def linear_backward(
-    params: Tree, cache: Array, dy: Array, *, need_dx: bool = True
-) -> tuple[Array | None, Tree]:
+def linear_backward(params: Tree, cache: Array, dy: Array, *, need_dx: bool = True) -> Gradients:
     """dx = dy Wᵀ, dW = xᵀ dy, db = Σ dy over all axes but the last."""
     x = cache.reshape(-1, cache.shape[-1])
     rows = dy.reshape(-1, dy.shape[-1])
@@ -888,7 +883,7 @@ def identity_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_ANY.backward()
-def identity_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def identity_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx = dy."""
     return dy, {}
 
@@ -907,7 +902,7 @@ def flatten_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_FLATTEN.backward()
-def flatten_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def flatten_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx is dy in the shape of x."""
     shape = len(cache), math.prod(cache.shape[1:])
     return _gradient("flatten", dy, shape, cache.dtype).reshape(cache.shape), {}
@@ -933,7 +928,7 @@ def reshape_forward(params: Tree, x: Array, *, size: Shape) -> tuple[Array, Arra
 
 
 @_FLATTEN.backward()
-def reshape_backward(params: Tree, cache: Array, dy: Array, *, size: Shape) -> tuple[Array, Tree]:
+def reshape_backward(params: Tree, cache: Array, dy: Array, *, size: Shape) -> Gradients:
     """dx is dy in the shape of x."""
     dy = _gradient("reshape", dy, _reshaped(cache, size), cache.dtype)
     return dy.reshape(cache.shape), {}
@@ -956,7 +951,7 @@ def permute_forward(params: Tree, x: Array, *, axes: Shape) -> tuple[Array, Arra
 
 
 @_ANY.backward()
-def permute_backward(params: Tree, cache: Array, dy: Array, *, axes: Shape) -> tuple[Array, Tree]:
+def permute_backward(params: Tree, cache: Array, dy: Array, *, axes: Shape) -> Gradients:
     """dx is dy with its axes in the order of x."""
     return dy.transpose(0, *(np.argsort(axes) + 1)), {}
 
@@ -980,7 +975,7 @@ def last_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_LAST.backward()
-def last_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def last_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx is dy at the last step, and 0 at all others."""
     dx = np.zeros_like(cache)
     dx[:, -1] = dy
@@ -1004,7 +999,7 @@ def relu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_ANY.backward()
-def relu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def relu_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx = dy where y > 0, else 0."""
     dx = (cache > 0).astype(cache.dtype)
     dx *= dy
@@ -1024,9 +1019,7 @@ def leaky_relu_forward(params: Tree, x: Array, *, slope: float) -> tuple[Array, 
 
 
 @_ANY.backward()
-def leaky_relu_backward(
-    params: Tree, cache: Array, dy: Array, *, slope: float
-) -> tuple[Array, Tree]:
+def leaky_relu_backward(params: Tree, cache: Array, dy: Array, *, slope: float) -> Gradients:
     """dx = dy where x > 0, else slope · dy."""
     return np.where(cache > 0, dy, slope * dy), {}
 
@@ -1046,7 +1039,7 @@ def elu_forward(params: Tree, x: Array, *, alpha: float) -> tuple[Array, Array]:
 
 
 @_ANY.backward()
-def elu_backward(params: Tree, cache: Array, dy: Array, *, alpha: float) -> tuple[Array, Tree]:
+def elu_backward(params: Tree, cache: Array, dy: Array, *, alpha: float) -> Gradients:
     """dx = dy where y > 0, else dy · alpha · exp(x) = dy · (y + alpha)."""
     return np.where(cache > 0, dy, dy * (cache + alpha)), {}
 
@@ -1071,7 +1064,7 @@ def sigmoid_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_ANY.backward()
-def sigmoid_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def sigmoid_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx = dy · y · (1 - y)."""
     return dy * (cache * (1 - cache)), {}
 
@@ -1090,7 +1083,7 @@ def tanh_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_ANY.backward()
-def tanh_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def tanh_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx = dy · (1 - y²)."""
     return dy * (1 - cache * cache), {}
 
@@ -1108,7 +1101,7 @@ def softplus_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_ANY.backward()
-def softplus_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def softplus_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx = dy · sigmoid(x)."""
     return dy * _sigmoid(cache), {}
 
@@ -1139,7 +1132,7 @@ def gelu_forward(params: Tree, x: Array, *, exact: bool) -> tuple[Array, Tree]:
 
 
 @_ANY.backward("x", "phi")
-def gelu_backward(params: Tree, cache: Tree, dy: Array, *, exact: bool) -> tuple[Array, Tree]:
+def gelu_backward(params: Tree, cache: Tree, dy: Array, *, exact: bool) -> Gradients:
     """dx = dy · (Φ + x Φ'), Φ' = exp(-x²/2) / sqrt(2π) if exact.
 
     In the tanh form Φ' = 2 Φ (1 - Φ) · sqrt(2/π) · (1 + 3 · 0.044715 x²).
@@ -1166,7 +1159,7 @@ def silu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_ANY.backward()
-def silu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def silu_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx = dy · s · (1 + x · (1 - s)), s = sigmoid(x)."""
     x, s = cache, _sigmoid(cache)
     return dy * (s * (1 + x * _sigmoid(-x))), {}
@@ -1187,7 +1180,7 @@ def softmax_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_CLASSES.backward()
-def softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def softmax_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx = y · (dy - Σ dy · y)."""
     return cache * (dy - (dy * cache).sum(axis=-1, keepdims=True)), {}
 
@@ -1207,7 +1200,7 @@ def log_softmax_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_CLASSES.backward()
-def log_softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def log_softmax_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx = dy - exp(y) · Σ dy."""
     return dy - np.exp(cache) * dy.sum(axis=-1, keepdims=True), {}
 
@@ -1235,7 +1228,7 @@ def dropout_forward(params: Tree, x: Array, *, rate: float) -> tuple[Array, Tree
 
 
 @_ANY.backward("mask")
-def dropout_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]:
+def dropout_backward(params: Tree, cache: Tree, dy: Array) -> Gradients:
     """dx = dy · mask."""
     return dy * cache["mask"], {}
 
@@ -1316,7 +1309,7 @@ def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tr
 
 
 @_BATCH_NORM.backward("centered", "inverse_std")
-def batch_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]:
+def batch_norm_backward(params: Tree, cache: Tree, dy: Array) -> Gradients:
     """dbeta = Σ dy, dgamma = Σ dy · x̂, dx = gamma/σ · (dy - mean(dy) - x̂ · mean(dy · x̂)).
 
     x̂ is the normalized x; sums and means are over all axes but C. At inference mean and var are
@@ -1426,7 +1419,7 @@ def layer_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tr
 
 
 @_LAYER_NORM.backward("normalized", "inverse_std")
-def layer_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]:
+def layer_norm_backward(params: Tree, cache: Tree, dy: Array) -> Gradients:
     """dbeta = Σ dy, dgamma = Σ dy · x̂, dx = (g - mean(g) - x̂ · mean(g · x̂)) / σ, g = dy · gamma.
 
     x̂ is the normalized x; the sums are over all axes but the last, the means over the last.
@@ -1480,7 +1473,7 @@ def group_norm_forward(params: Tree, x: Array, *, groups: int, eps: float) -> tu
 
 
 @_GROUP_NORM.backward("normalized", "inverse_std")
-def group_norm_backward(params: Tree, cache: Tree, dy: Array, *, groups: int) -> tuple[Array, Tree]:
+def group_norm_backward(params: Tree, cache: Tree, dy: Array, *, groups: int) -> Gradients:
     """As `layer_norm_backward`, with the sums over all axes but C, the means over each group."""
     grads = {"gamma": _channel_sums(dy, cache["normalized"]), "beta": _channel_sums(dy)}
     g, axes = _by_group(dy * _per_channel(params["gamma"], dy), groups)
@@ -1816,6 +1809,7 @@ def _batch_first(rows: Array) -> Array:
 
 
 Pair = tuple[int, int]
+Size = int | Pair  # one number is that of both axes
 Sides = Sequence[Pair]  # of each axis: (above, below), (left, right)
 
 
@@ -1921,9 +1915,7 @@ _BLOCK = 1 << 22  # bytes that are unfolded at a time; larger blocks take more m
 _NARROW = 64  # columns of a matrix; narrower ones are worth a copy that lays them side by side
 
 
-def _by_windows(
-    rows: Array, windows: _Windows, groups: int
-) -> Iterator[tuple[slice, slice, Array]]:
+def _unfolded(rows: Array, windows: _Windows, groups: int) -> Iterator[tuple[slice, slice, Array]]:
     """Some rows of windows at a time: (these, kernel rows, the pixels under them).
 
     The pixels are (groups, rows, kernel rows·C/groups·kw, Wo·N), a matrix for each row. Where
@@ -1960,13 +1952,13 @@ def _by_windows(
             yield below, taps, matrices.reshape(groups, count, covered * channels * kw, pixels)
 
 
-def _correlate(rows: Array, W: Array, windows: _Windows, groups: int, y: Array) -> None:
+def _conv_y(rows: Array, W: Array, windows: _Windows, groups: int, y: Array) -> None:
     """Write y (Ho, out, Wo, N) = W (out, C/groups, kh, kw) · the pixels under each window."""
     (Ho, out, Wo, N), (_, channels, kh, kw) = y.shape, W.shape
     own = out // groups
     kernel = W.reshape(groups, own, channels, kh, kw).swapaxes(2, 3)
     y = y.reshape(Ho, groups, own, Wo * N).swapaxes(0, 1)
-    for below, taps, x in _by_windows(rows, windows, groups):
+    for below, taps, x in _unfolded(rows, windows, groups):
         part, (_, _, size, pixels) = y[:, below], x.shape
         matrix = np.ascontiguousarray(kernel[:, :, taps]).reshape(groups, 1, own, size)
         if pixels == Wo * N:
@@ -1976,15 +1968,13 @@ def _correlate(rows: Array, W: Array, windows: _Windows, groups: int, y: Array) 
             part[...] = product.swapaxes(1, 2)
 
 
-def _correlate_kernel(
-    rows: Array, drows: Array, shape: Shape, windows: _Windows, groups: int
-) -> Array:
+def _conv_dw(rows: Array, drows: Array, shape: Shape, windows: _Windows, groups: int) -> Array:
     """dW of this shape (out, C/groups, kh, kw) = dy (Ho, out, Wo, N) · the pixels under it."""
     (out, channels, kh, kw), (Ho, _, Wo, N) = shape, drows.shape
     own = out // groups
     dy = drows.reshape(Ho, groups, own, Wo * N).transpose(1, 2, 0, 3)
     dW = np.zeros((groups, kh, channels * kw, own), dy.dtype)
-    for below, taps, x in _by_windows(rows, windows, groups):
+    for below, taps, x in _unfolded(rows, windows, groups):
         count, pixels = x.shape[1], x.shape[3]
         right = dy[:, :, below].reshape(groups, own, count, pixels).transpose(0, 2, 3, 1)
         few = max(1, x.nbytes // dW.nbytes)  # so many products take no more memory than x
@@ -2013,10 +2003,8 @@ def _phases(length: int, windows: _Windows) -> Iterator[tuple[slice, list[int], 
             yield slice(first, length, stride), taps[::-1], down
 
 
-def _correlate_transposed(
-    drows: Array, W: Array, shape: Shape, windows: _Windows, groups: int
-) -> Array:
-    """dx of this shape (H, C, W, N), the adjoint of `_correlate` in x: dy meets the turned W."""
+def _conv_dx(drows: Array, W: Array, shape: Shape, windows: _Windows, groups: int) -> Array:
+    """dx of this shape (H, C, W, N), the adjoint of `_conv_y` in x: dy meets the turned W."""
     (H, C, width, N), (out, channels, kh, kw), Wo = shape, W.shape, windows.counts[1]
     _, _, stride, left, dilation = (both[1] for both in windows)
     kernel = W.reshape(groups, out // groups, channels, kh, kw).swapaxes(1, 2)
@@ -2032,7 +2020,7 @@ def _correlate_transposed(
     parts = make((H, len(kernel), across[1], N), drows.dtype)
     for pixels, taps, down in _phases(H, windows):
         moves = _Windows(*zip(down, across, strict=True))
-        _correlate(drows, kernel[:, :, taps], moves, groups, parts[pixels])
+        _conv_y(drows, kernel[:, :, taps], moves, groups, parts[pixels])
     if not fold:
         return parts
     dx = np.zeros(shape, drows.dtype)
@@ -2077,7 +2065,7 @@ def _conv_forward(where: str, params: Tree, x: Array, groups: int, moves: Tree) 
     windows = _conv_windows(where, x, params["W"], groups, moves)
     W, (Ho, Wo) = _as_image(params["W"]), windows.counts
     y = np.empty((Ho, len(W), Wo, len(x)), x.dtype)
-    _correlate(_rows_first(_as_image(x)), W, windows, groups, y)
+    _conv_y(_rows_first(_as_image(x)), W, windows, groups, y)
     if "b" in params:
         y += params["b"][:, None, None]
     return _batch_first(y) if x.ndim == 4 else _batch_first(y)[:, :, 0]
@@ -2085,18 +2073,18 @@ def _conv_forward(where: str, params: Tree, x: Array, groups: int, moves: Tree) 
 
 def _conv_backward(
     where: str, params: Tree, x: Array, dy: Array, need_dx: bool, groups: int, moves: Tree
-) -> tuple[Array | None, Tree]:
+) -> Gradients:
     windows = _conv_windows(where, x, params["W"], groups, moves)
     shape = (len(x), len(params["W"]), *windows.counts[4 - x.ndim :])
     dy = _as_image(_gradient(where, dy, shape, x.dtype))
     W, rows, drows = _as_image(params["W"]), _rows_first(_as_image(x)), _rows_first(dy)
-    dW = _correlate_kernel(rows, drows, W.shape, windows, groups)
+    dW = _conv_dw(rows, drows, W.shape, windows, groups)
     grads = {"W": dW.reshape(params["W"].shape)}
     if "b" in params:
         grads["b"] = _channel_sums(dy)
     if not need_dx:
         return None, grads
-    dx = _batch_first(_correlate_transposed(drows, W, rows.shape, windows, groups))
+    dx = _batch_first(_conv_dx(drows, W, rows.shape, windows, groups))
     return dx if x.ndim == 4 else dx[:, :, 0], grads
 
 
@@ -2156,7 +2144,7 @@ def conv2d_forward(params: Tree, x: Array, *, groups: int, moves: Tree) -> tuple
 @_CONV2D.backward()
 def conv2d_backward(
     params: Tree, cache: Array, dy: Array, *, need_dx: bool = True, groups: int, moves: Tree
-) -> tuple[Array | None, Tree]:
+) -> Gradients:
     """dW[o, c, i, j] = Σ dy[n, o, r, s] · x[n, c, r·stride + i·dilation, ...], db = Σ dy.
 
     dx is dy correlated with W rotated by 180 degrees.
@@ -2167,11 +2155,11 @@ def conv2d_backward(
 @_constructor
 def conv2d(
     out: int,
-    kernel: int | Pair,
+    kernel: Size,
     *,
-    stride: int | Pair = 1,
-    padding: int | Pair | Literal["same"] = 0,
-    dilation: int | Pair = 1,
+    stride: Size = 1,
+    padding: Size | Literal["same"] = 0,
+    dilation: Size = 1,
     groups: int = 1,
     init: Initializer = he_normal,
     bias: bool = True,
@@ -2209,7 +2197,7 @@ def conv1d_forward(params: Tree, x: Array, *, groups: int, moves: Tree) -> tuple
 @_CONV1D.backward()
 def conv1d_backward(
     params: Tree, cache: Array, dy: Array, *, need_dx: bool = True, groups: int, moves: Tree
-) -> tuple[Array | None, Tree]:
+) -> Gradients:
     """As `conv2d_backward`, along one axis."""
     return _conv_backward("conv1d", params, cache, dy, need_dx, groups, moves)
 
@@ -2279,7 +2267,7 @@ def conv2d_transpose_forward(
     W = params["W"]
     (out, *image), windows = _transposed(x.shape[2:], W.shape, groups, moves)
     shape = (image[0], out, image[1], len(x))
-    y = _correlate_transposed(_rows_first(x), W, shape, windows, groups)
+    y = _conv_dx(_rows_first(x), W, shape, windows, groups)
     if "b" in params:
         if (size := len(params["b"])) != out:
             raise ValueError(f"conv2d_transpose: W has {out} outputs, but b takes {size}")
@@ -2290,29 +2278,29 @@ def conv2d_transpose_forward(
 @_CONV2D_TRANSPOSE.backward()
 def conv2d_transpose_backward(
     params: Tree, cache: Array, dy: Array, *, groups: int, moves: Tree
-) -> tuple[Array, Tree]:
+) -> Gradients:
     """dx is dy convolved with W, dW that of a convolution from y to x, db = Σ dy."""
     x, W = cache, params["W"]
     y, windows = _transposed(x.shape[2:], W.shape, groups, moves)
     drows = _rows_first(_gradient("conv2d_transpose", dy, (len(x), *y), x.dtype))
     rows = _rows_first(x)
-    grads = {"W": _correlate_kernel(drows, rows, W.shape, windows, groups)}
+    grads = {"W": _conv_dw(drows, rows, W.shape, windows, groups)}
     if "b" in params:
         grads["b"] = _channel_sums(dy)
     dx = np.empty_like(rows)
-    _correlate(drows, W, windows, groups, dx)
+    _conv_y(drows, W, windows, groups, dx)
     return _batch_first(dx), grads
 
 
 @_constructor
 def conv2d_transpose(
     out: int,
-    kernel: int | Pair,
+    kernel: Size,
     *,
-    stride: int | Pair = 1,
-    padding: int | Pair = 0,
-    output_padding: int | Pair = 0,
-    dilation: int | Pair = 1,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    dilation: Size = 1,
     groups: int = 1,
     init: Initializer = he_normal,
     bias: bool = True,
@@ -2336,9 +2324,7 @@ def conv2d_transpose(
     return _layer(*functions, **options)
 
 
-def _pool_axis(
-    combine: np.ufunc, outside: float, rows: Array, windows: _Windows, axis: int
-) -> Array:
+def _pool(combine: np.ufunc, outside: float, rows: Array, windows: _Windows, axis: int) -> Array:
     """What each window covers along one axis, combined; padding counts as `outside`."""
     shape = list(rows.shape)
     shape[2 * axis] = windows.counts[axis]
@@ -2385,21 +2371,19 @@ def _pool2d(where: str, size: Any, stride: Any, padding: Any, *functions: Any) -
 
 
 @_POOLED.forward
-def max_pool2d_forward(params: Tree, x: Array, *, size: Pair, **options: Any) -> tuple[Array, Tree]:
+def max_pool2d_forward(params: Tree, x: Array, **moves: Any) -> tuple[Array, Tree]:
     """y[n, c, r, s] = the maximum of x[n, c] in the window at (r, s) · stride - padding.
 
     x (N, C, H, W), y (N, C, Ho, Wo); padding counts as -inf.
     """
-    windows = _windows("max_pool2d", x.shape[2:], size, **options)
-    across = _pool_axis(np.maximum, -np.inf, _rows_first(x), windows, 1)
-    y = _batch_first(_pool_axis(np.maximum, -np.inf, across, windows, 0))
+    windows = _windows("max_pool2d", x.shape[2:], **moves)
+    across = _pool(np.maximum, -np.inf, _rows_first(x), windows, 1)
+    y = _batch_first(_pool(np.maximum, -np.inf, across, windows, 0))
     return y, {"x": x, "across": _batch_first(across), "y": y}
 
 
 @_POOLED.backward("x", "across", "y")
-def max_pool2d_backward(
-    params: Tree, cache: Tree, dy: Array, *, size: Pair, **options: Any
-) -> tuple[Array, Tree]:
+def max_pool2d_backward(params: Tree, cache: Tree, dy: Array, **moves: Any) -> Gradients:
     """dx: each dy goes to the maximum of its window, of several, to the first in row-major order.
 
     The first row that has the maximum, and in it the first pixel: so it goes down the column of
@@ -2407,16 +2391,14 @@ def max_pool2d_backward(
     """
     x, across, y = (_rows_first(cache[name]) for name in ("x", "across", "y"))
     H, C, W, N = x.shape
-    windows = _windows("max_pool2d", (H, W), size, **options)
+    windows = _windows("max_pool2d", (H, W), **moves)
     dy = _gradient("max_pool2d", dy, (N, C, *windows.counts), x.dtype)
     dacross = _to_largest(across, y, _rows_first(dy), windows, 0)
     return _batch_first(_to_largest(x, across, dacross, windows, 1)), {}
 
 
 @_constructor
-def max_pool2d(
-    size: int | Pair, *, stride: int | Pair | None = None, padding: int | Pair = 0
-) -> Layer:
+def max_pool2d(size: Size, *, stride: Size | None = None, padding: Size = 0) -> Layer:
     """The maximum of each window, as PyTorch's MaxPool2d. `stride` defaults to `size`.
 
     `size`, `stride` and `padding` (at most half the window) are numbers or pairs (height, width).
@@ -2426,29 +2408,25 @@ def max_pool2d(
 
 
 @_POOLED.forward
-def avg_pool2d_forward(
-    params: Tree, x: Array, *, size: Pair, **options: Any
-) -> tuple[Array, Array]:
+def avg_pool2d_forward(params: Tree, x: Array, **moves: Any) -> tuple[Array, Array]:
     """y[n, c, r, s] = the mean of x[n, c] in the window at (r, s) · stride - padding.
 
     x (N, C, H, W), y (N, C, Ho, Wo); padding counts as zeros.
     """
-    windows = _windows("avg_pool2d", x.shape[2:], size, **options)
-    across = _pool_axis(np.add, 0.0, _rows_first(x), windows, 1)
-    y = _pool_axis(np.add, 0.0, across, windows, 0)
-    y *= 1 / math.prod(size)
+    windows = _windows("avg_pool2d", x.shape[2:], **moves)
+    across = _pool(np.add, 0.0, _rows_first(x), windows, 1)
+    y = _pool(np.add, 0.0, across, windows, 0)
+    y *= 1 / math.prod(windows.size)
     return _batch_first(y), x
 
 
 @_POOLED.backward()
-def avg_pool2d_backward(
-    params: Tree, cache: Array, dy: Array, *, size: Pair, **options: Any
-) -> tuple[Array, Tree]:
+def avg_pool2d_backward(params: Tree, cache: Array, dy: Array, **moves: Any) -> Gradients:
     """dx = the sum of dy / (size of a window) over the windows that cover the pixel."""
     x = cache
-    windows = _windows("avg_pool2d", x.shape[2:], size, **options)
+    windows = _windows("avg_pool2d", x.shape[2:], **moves)
     dy = _gradient("avg_pool2d", dy, (*x.shape[:2], *windows.counts), x.dtype)
-    dx = _rows_first(dy) * (1 / math.prod(size))
+    dx = _rows_first(dy) * (1 / math.prod(windows.size))
     for axis in (0, 1):
         drows, shape = dx, list(dx.shape)
         shape[2 * axis] = x.shape[2 + axis]
@@ -2459,9 +2437,7 @@ def avg_pool2d_backward(
 
 
 @_constructor
-def avg_pool2d(
-    size: int | Pair, *, stride: int | Pair | None = None, padding: int | Pair = 0
-) -> Layer:
+def avg_pool2d(size: Size, *, stride: Size | None = None, padding: Size = 0) -> Layer:
     """The mean of each window, as PyTorch's AvgPool2d. `stride` defaults to `size`.
 
     `size`, `stride` and `padding` (at most half the window) are numbers or pairs (height, width).
@@ -2480,7 +2456,7 @@ def global_avg_pool2d_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_GLOBAL_AVG_POOL2D.backward()
-def global_avg_pool2d_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def global_avg_pool2d_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx = dy / (H · W), the same for every pixel."""
     N, C, H, W = cache.shape
     share = np.ascontiguousarray(dy.T)[:, None] * (1 / (H * W))
@@ -2500,9 +2476,7 @@ def upsample2d_forward(params: Tree, x: Array, *, factor: Pair) -> tuple[Array, 
 
 
 @_POOLED.backward()
-def upsample2d_backward(
-    params: Tree, cache: Array, dy: Array, *, factor: Pair
-) -> tuple[Array, Tree]:
+def upsample2d_backward(params: Tree, cache: Array, dy: Array, *, factor: Pair) -> Gradients:
     """dx = the sum of dy over the copies of each pixel."""
     (N, C, H, W), (down, across) = cache.shape, factor
     drows = _rows_first(_gradient("upsample2d", dy, (N, C, H * down, W * across), cache.dtype))
@@ -2511,7 +2485,7 @@ def upsample2d_backward(
 
 
 @_constructor
-def upsample2d(factor: int | Pair) -> Layer:
+def upsample2d(factor: Size) -> Layer:
     """Each pixel `factor` times down and across, a number or a pair; PyTorch's nearest Upsample."""
     sizes = _sizes("upsample2d", "factor", factor, 1)
     return _without_params(upsample2d_forward, upsample2d_backward, factor=sizes)
@@ -2525,14 +2499,11 @@ def upsample2d(factor: int | Pair) -> Layer:
 _Layers = dict[str, LayerLike]
 
 
-def _check_layer(
-    where: str, name: str, layer: Any, functions: Sequence[str] = Layer._fields
-) -> None:
-    for function in functions:
+def _check_layer(where: str, name: str, layer: Any, needs: Sequence[str] = Layer._fields) -> None:
+    for function in needs:
         if not callable(getattr(layer, function, None)):
-            raise TypeError(
-                f"{where}: {name} must be a layer, but {_kind(layer)} has no {function}"
-            )
+            what = f"{_kind(layer)} has no {function}"
+            raise TypeError(f"{where}: {name} must be a layer, but {what}")
 
 
 def _named(where: str, layers: Sequence[LayerLike], named_layers: _Layers) -> _Layers:
@@ -2559,9 +2530,7 @@ def _two_results(what: str, results: Any) -> tuple[Any, Any]:
     return results[0], results[1]
 
 
-def _call_child(
-    name: str, what: str, function: Callable[..., Any], *arguments: Any
-) -> tuple[Any, Any]:
+def _call_child(name: str, what: str, function: Any, *arguments: Any) -> tuple[Any, Any]:
     """The two results of a child's function; its errors are prefixed with its name."""
     try:
         return _two_results(what, function(*arguments))
@@ -2625,7 +2594,7 @@ def sequential_forward(params: Tree, x: Data, *, layers: _Layers) -> tuple[Data,
 @_quiet
 def sequential_backward(
     params: Tree, cache: Tree, dy: Data, *, need_dx: bool = True, layers: _Layers
-) -> tuple[Data, Tree]:
+) -> Gradients:
     """dy through every layer in reverse; grads are {name: grads} of the layers that have any."""
     _check_names("sequential", params, layers)
     _check_entries("sequential", "cache", cache, layers)
@@ -2718,7 +2687,7 @@ def heads_forward(params: Tree, x: Data, *, layers: _Layers) -> tuple[Tree, Tree
 @_quiet
 def heads_backward(
     params: Tree, cache: Tree, dy: Tree, *, need_dx: bool = True, layers: _Layers
-) -> tuple[Data, Tree]:
+) -> Gradients:
     """dx = the sum of the dx of all heads, for dy = {name: dy}."""
     dx, grads = _backward_each("heads", params, cache, dy, need_dx, layers)
     return reduce(_sum, dx.values(), None), grads
@@ -2757,7 +2726,7 @@ def residual_forward(params: Tree, x: Data, *, layers: _Layers) -> tuple[Data, T
 @_quiet
 def residual_backward(
     params: Tree, cache: Tree, dy: Data, *, need_dx: bool = True, layers: _Layers
-) -> tuple[Data, Tree]:
+) -> Gradients:
     """dx = dx of the branch + dx of the shortcut."""
     both = dict.fromkeys(layers, dy)
     dx, grads = _backward_each("residual", params, cache, both, need_dx, layers)
@@ -2803,7 +2772,7 @@ def concatenate_forward(params: Tree, x: Data, *, layers: _Layers, axis: int) ->
 @_quiet
 def concatenate_backward(
     params: Tree, cache: Tree, dy: Array, *, need_dx: bool = True, layers: _Layers, axis: int
-) -> tuple[Data, Tree]:
+) -> Gradients:
     """dx = the sum of the dx of all branches, each for its part of dy; {name: dx} for a dict x."""
     _check_entries("concatenate", "cache", cache, [*layers, "axis"])
     own, caches = cache["axis"], {name: cache[name] for name in layers}
@@ -3082,35 +3051,36 @@ _OPTIONS |= {"beta1": _BELOW_1, "beta2": _BELOW_1, "decay": _BELOW_1}
 _OPTIONS |= {"eps": {"above": 0.0, "below": math.inf}}
 
 
+_Moved = tuple[Array, Tree]  # p and memory after the step
+
+
 class _Rule(NamedTuple):
     """An update rule: update(p, g, memory, **options) -> (p, memory), for every entry."""
 
     name: str
-    update: Callable[..., tuple[Array, Tree]]
+    update: Callable[..., _Moved]
     remembers: Sequence[str]  # quantities, each a tree like params in the state
     options: Tree  # lr and momentum may be schedules
     decoupled: bool = False  # weight decay shrinks the entry instead of adding to its gradient
 
 
-def _check_options(where: str, **options: Any) -> Tree:
-    """The options of an optimizer, checked; lr and momentum may be schedules."""
+def _optimizer(
+    where: str, update: Any, remembers: Sequence[str], options: Tree, decoupled: bool = False
+) -> Optimizer:
+    """An optimizer of these options, checked; without momentum it remembers no velocity."""
     for name, option in options.items():
         if not (name in ("lr", "momentum") and callable(option)):
             options[name] = _number(where, name, option, **_OPTIONS[name])
-    return options
-
-
-def _optimizer(rule: _Rule) -> Optimizer:
+    if not options.get("momentum", True):
+        remembers = [name for name in remembers if name != "velocity"]
+    rule = _Rule(where, update, remembers, options, decoupled)
     return Optimizer(partial(_init_state, rule=rule), partial(_take_step, rule=rule))
-
-
-def _zeros_to_remember(name: str, array: Array) -> Array:
-    return np.zeros((), np.int64) if name == "count" else np.zeros_like(array)
 
 
 def _init_state(params: Tree, *, rule: _Rule) -> Tree:
     _arrays(rule.name, "params", params)
-    trees = {name: tree_map(partial(_zeros_to_remember, name), params) for name in rule.remembers}
+    start = {"count": lambda leaf: np.zeros((), np.int64)}
+    trees = {name: tree_map(start.get(name, np.zeros_like), params) for name in rule.remembers}
     return {"step": np.zeros((), np.int64), "scale": np.ones(()), **trees}
 
 
@@ -3163,9 +3133,7 @@ def _update_tree(
     return params, memory
 
 
-def _update_entry(
-    rule: _Rule, path: str, p: Any, g: Any, memory: Tree, options: Tree
-) -> tuple[Array, Tree]:
+def _update_entry(rule: _Rule, path: str, p: Any, g: Any, memory: Tree, options: Tree) -> _Moved:
     """The update of one array, checked, and in the dtype of params."""
     where = f"{rule.name}: {path}"
     if not (type(p) is type(g) is np.ndarray and p.dtype == g.dtype and p.dtype.char in "fd"):
@@ -3197,9 +3165,7 @@ def _update_entry(
     return p, memory
 
 
-def _sgd_update(
-    p: Array, g: Array, memory: Tree, *, lr: float, momentum: float, nesterov: bool
-) -> tuple[Array, Tree]:
+def _sgd(p: Array, g: Array, memory: Tree, *, lr: float, momentum: float, nesterov: bool) -> _Moved:
     if not memory:
         return p - lr * g, {}
     velocity = memory["velocity"] * momentum
@@ -3220,16 +3186,16 @@ def sgd(
     outside [0, 1) or a negative rate or decay.
     """
     _check_bool("sgd", "nesterov", nesterov)
-    options = _check_options("sgd", lr=lr, momentum=momentum, weight_decay=weight_decay)
-    if nesterov and not options["momentum"]:
+    options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    optimizer = _optimizer("sgd", partial(_sgd, nesterov=nesterov), ["velocity"], options)
+    if nesterov and not momentum:
         raise ValueError("sgd: nesterov needs a momentum above 0")
-    update = partial(_sgd_update, nesterov=nesterov)
-    return _optimizer(_Rule("sgd", update, ["velocity"] if options["momentum"] else [], options))
+    return optimizer
 
 
-def _adam_update(
+def _adam(
     p: Array, g: Array, memory: Tree, *, lr: float, beta1: float, beta2: float, eps: float
-) -> tuple[Array, Tree]:
+) -> _Moved:
     count = memory["count"] + 1
     t = int(count.item())
     # In-place work on arrays made here halves the time: each pass over fresh memory is expensive.
@@ -3262,10 +3228,8 @@ def adam(
     weight_decay · p. As PyTorch's Adam (Kingma and Ba 2015). ValueError for a beta outside
     [0, 1), an eps that is not positive, a negative rate or decay.
     """
-    options = _check_options(
-        "adam", lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay
-    )
-    return _optimizer(_Rule("adam", _adam_update, ["m", "v", "count"], options))
+    options = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    return _optimizer("adam", _adam, ["m", "v", "count"], options)
 
 
 def adamw(
@@ -3279,15 +3243,13 @@ def adamw(
 
     As PyTorch's AdamW (Loshchilov and Hutter 2019). Raises the same errors as `adam`.
     """
-    options = _check_options(
-        "adamw", lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay
-    )
-    return _optimizer(_Rule("adamw", _adam_update, ["m", "v", "count"], options, decoupled=True))
+    options = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    return _optimizer("adamw", _adam, ["m", "v", "count"], options, decoupled=True)
 
 
-def _rmsprop_update(
+def _rmsprop(
     p: Array, g: Array, memory: Tree, *, lr: float, decay: float, eps: float, momentum: float
-) -> tuple[Array, Tree]:
+) -> _Moved:
     square_average = decay * memory["square_average"] + (1 - decay) * (g * g)
     change = g / (np.sqrt(square_average) + eps)
     if "velocity" not in memory:
@@ -3309,16 +3271,12 @@ def rmsprop(
     Hinton 2012). ValueError for a decay or momentum outside [0, 1), an eps that is not positive,
     a negative rate or weight decay.
     """
-    options = _check_options(
-        "rmsprop", lr=lr, decay=decay, eps=eps, momentum=momentum, weight_decay=weight_decay
-    )
-    remembers = ["square_average", *(["velocity"] if options["momentum"] else [])]
-    return _optimizer(_Rule("rmsprop", _rmsprop_update, remembers, options))
+    options = {"lr": lr, "decay": decay, "eps": eps, "weight_decay": weight_decay}
+    options["momentum"] = momentum
+    return _optimizer("rmsprop", _rmsprop, ["square_average", "velocity"], options)
 
 
-def _adagrad_update(
-    p: Array, g: Array, memory: Tree, *, lr: float, eps: float
-) -> tuple[Array, Tree]:
+def _adagrad(p: Array, g: Array, memory: Tree, *, lr: float, eps: float) -> _Moved:
     square_sum = memory["square_sum"] + g * g
     return p - lr * (g / (np.sqrt(square_sum) + eps)), {"square_sum": square_sum}
 
@@ -3329,13 +3287,11 @@ def adagrad(lr: Rate = 0.01, eps: float = 1e-10, weight_decay: float = 0.0) -> O
     As PyTorch's Adagrad (Duchi et al. 2011). ValueError for an eps that is not positive, a
     negative rate or decay.
     """
-    options = _check_options("adagrad", lr=lr, eps=eps, weight_decay=weight_decay)
-    return _optimizer(_Rule("adagrad", _adagrad_update, ["square_sum"], options))
+    options = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+    return _optimizer("adagrad", _adagrad, ["square_sum"], options)
 
 
-def _adadelta_update(
-    p: Array, g: Array, memory: Tree, *, lr: float, decay: float, eps: float
-) -> tuple[Array, Tree]:
+def _adadelta(p: Array, g: Array, memory: Tree, *, lr: float, decay: float, eps: float) -> _Moved:
     square_average = decay * memory["square_average"] + (1 - decay) * (g * g)
     change = np.sqrt(memory["change_average"] + eps) / np.sqrt(square_average + eps) * g
     change_average = decay * memory["change_average"] + (1 - decay) * (change * change)
@@ -3352,9 +3308,8 @@ def adadelta(
     2012). ValueError for a decay outside [0, 1), an eps that is not positive, a negative rate or
     weight decay.
     """
-    options = _check_options("adadelta", lr=lr, decay=decay, eps=eps, weight_decay=weight_decay)
-    remembers = ["square_average", "change_average"]
-    return _optimizer(_Rule("adadelta", _adadelta_update, remembers, options))
+    options = {"lr": lr, "decay": decay, "eps": eps, "weight_decay": weight_decay}
+    return _optimizer("adadelta", _adadelta, ["square_average", "change_average"], options)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3698,9 +3653,7 @@ def _only_statistics(cache: Any) -> Tree:
     return found
 
 
-def _shard_gradients(
-    part: tuple[float, Tree, Data, Data], *, gradients: ValueAndGrad
-) -> tuple[float, Tree, Tree]:
+def _shard_gradients(part: Any, *, gradients: ValueAndGrad) -> tuple[float, Tree, Tree]:
     """The loss, grads and statistics of one part, times its share of the batch."""
     share, params, x, target = part
     loss, grads, cache = gradients(params, x, target)
@@ -3709,13 +3662,7 @@ def _shard_gradients(
 
 
 def _data_parallel(
-    params: Tree,
-    x: Data,
-    target: Data,
-    *,
-    gradients: ValueAndGrad,
-    shards: int,
-    map_parts: Callable[..., Any],
+    params: Tree, x: Data, target: Data, *, gradients: ValueAndGrad, shards: int, map_parts: Any
 ) -> tuple[float, Tree, Tree]:
     _check_dict("data_parallel", "params", params)
     data, counts = {"x": x, "target": target}, {}
