@@ -73,9 +73,7 @@ _FLOATS = "float32 or float64", "fd", "np.float32"  # in words, dtype.char, what
 _WHOLE = "whole numbers", np.typecodes["AllInteger"], "int"
 
 
-# ------------------------------------------------------------------------------------------------
-# Checks of arguments, used by every section
-# ------------------------------------------------------------------------------------------------
+# === Checks of arguments, used by every section =================================================
 
 
 def _kind(value: Any) -> str:
@@ -171,9 +169,8 @@ def _check_array(where: str, name: str, x: Any, kind: tuple[str, str, str] = _FL
 def _check_shape(where: str, shape: Any) -> Shape:
     """`shape` as a tuple of positive ints."""
     if not isinstance(shape, (tuple, list)):
-        raise TypeError(
-            f"{where}: shape must be a tuple without the batch axis, got {_kind(shape)}"
-        )
+        wanted = "a tuple without the batch axis"
+        raise TypeError(f"{where}: shape must be {wanted}, got {_kind(shape)}")
     return tuple(_whole(where, "every size in shape", size, 1) for size in shape)
 
 
@@ -181,9 +178,7 @@ def _names(tree: Any) -> str:
     return str(sorted(map(str, tree))) if isinstance(tree, dict) else _kind(tree)
 
 
-# ------------------------------------------------------------------------------------------------
-# Overflow
-# ------------------------------------------------------------------------------------------------
+# === Overflow ===================================================================================
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _QUIET = ContextVar("quiet", default=False)
@@ -215,9 +210,7 @@ def _quiet(function: _Function) -> _Function:
     return cast(_Function, quiet)
 
 
-# ------------------------------------------------------------------------------------------------
-# Trees: nested dicts with arrays as leaves
-# ------------------------------------------------------------------------------------------------
+# === Trees: nested dicts with arrays as leaves ==================================================
 
 
 def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
@@ -232,9 +225,8 @@ def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
         return f(*trees)
     for tree in trees:
         if not isinstance(tree, dict) or tree.keys() != trees[0].keys():
-            raise ValueError(
-                f"tree_map: trees differ, {_names(trees[0])} here and {_names(tree)} there"
-            )
+            here, there = _names(trees[0]), _names(tree)
+            raise ValueError(f"tree_map: trees differ, {here} here and {there} there")
     return {name: tree_map(f, *(tree[name] for tree in trees)) for name in trees[0]}
 
 
@@ -369,9 +361,7 @@ def clip_gradients(grads: Tree, max_norm: float) -> Tree:
     return tree_map(partial(_times, factor=max_norm / norm), grads)
 
 
-# ------------------------------------------------------------------------------------------------
-# Keys: randomness as data
-# ------------------------------------------------------------------------------------------------
+# === Keys: randomness as data ===================================================================
 
 _KEY_MARK = 0x6B657973  # the first word of every key array: "keys" in ASCII
 
@@ -392,9 +382,8 @@ def _key_array(key: Any) -> Array:
     words = [_KEY_MARK, len(numbers)]
     for number in numbers:
         number = _whole("key", "every number", number, 0)
-        digits = [
-            number >> shift & 0xFFFFFFFF for shift in range(0, max(number.bit_length(), 1), 32)
-        ]
+        shifts = range(0, max(number.bit_length(), 1), 32)
+        digits = [number >> shift & 0xFFFFFFFF for shift in shifts]
         words += [len(digits), *digits]
     return np.array(words, np.uint32)
 
@@ -425,9 +414,7 @@ def _generator(key: Key) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(_key_array(key))))
 
 
-# ------------------------------------------------------------------------------------------------
-# Initializers: (key, shape) -> array of float32
-# ------------------------------------------------------------------------------------------------
+# === Initializers: (key, shape) -> array of float32 =============================================
 
 Initializer = Callable[[Any, Shape], Array]
 _LARGEST = float(np.finfo(np.float32).max)
@@ -473,9 +460,8 @@ def _fans(where: str, shape: Shape) -> tuple[int, int]:
     """(fan in, fan out) of a dense weight (in, out) or of a kernel (out, in, kh, kw)."""
     shape = _check_shape(where, shape)
     if len(shape) < 2:
-        raise ValueError(
-            f"{where}: shape {shape} has no fans, expected (in, out) or (out, in, kh, kw)"
-        )
+        expected = "(in, out) or (out, in, kh, kw)"
+        raise ValueError(f"{where}: shape {shape} has no fans, expected {expected}")
     if len(shape) == 2:
         return shape[0], shape[1]
     window = math.prod(shape[2:])
@@ -515,10 +501,7 @@ def orthogonal(key: Key, shape: Shape) -> Array:
     return (q if rows >= columns else q.T).astype(np.float32).reshape(shape)
 
 
-# ------------------------------------------------------------------------------------------------
-# Layers: what they are, and what they take
-# ------------------------------------------------------------------------------------------------
-
+# === Layers: what they are, and what they take ==================================================
 
 Gradients = tuple[Data, Tree]  # dx and grads
 Init = Callable[[Key, Shapes], tuple[Tree, Shapes]]
@@ -1115,19 +1098,15 @@ def softplus() -> Layer:
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 
 
-def _normal_cdf(x: Array, exact: bool) -> Array:
-    """Φ(x) = erfc(-x/√2)/2, or about (1 + tanh(sqrt(2/π) · (x + 0.044715 x³)))/2."""
-    if exact:  # number by number: NumPy has no erfc, but C has
-        values = map(math.erfc, (-math.sqrt(0.5) * x).ravel().tolist())
-        return 0.5 * np.fromiter(values, x.dtype, x.size).reshape(x.shape)
-    x = np.clip(x, -10, 10)  # the tanh is ±1 from there on, and x³ does not overflow
-    return 0.5 + 0.5 * np.tanh(_SQRT_2_OVER_PI * x * (1 + 0.044715 * x * x))
-
-
 @_ANY.forward
 def gelu_forward(params: Tree, x: Array, *, exact: bool) -> tuple[Array, Tree]:
-    """y = x · Φ(x)."""
-    phi = _normal_cdf(x, exact)
+    """y = x · Φ(x), Φ(x) = erfc(-x/√2)/2 or about (1 + tanh(sqrt(2/π) · (x + 0.044715 x³)))/2."""
+    if exact:  # number by number: NumPy has no erfc, but C has
+        values = map(math.erfc, (-math.sqrt(0.5) * x).ravel().tolist())
+        phi = 0.5 * np.fromiter(values, x.dtype, x.size).reshape(x.shape)
+    else:
+        z = np.clip(x, -10, 10)  # the tanh is ±1 from there on, and z³ does not overflow
+        phi = 0.5 + 0.5 * np.tanh(_SQRT_2_OVER_PI * z * (1 + 0.044715 * z * z))
     return np.maximum(x, -40) * phi, {"x": x, "phi": phi}
 
 
@@ -1273,10 +1252,6 @@ def _per_channel(vector: Array, x: Array) -> Array:
     return np.repeat(vector, W * N).reshape(C, 1, W, N).transpose(3, 0, 1, 2)
 
 
-def _to_float32(leaf: Array) -> Array:
-    return leaf.astype(np.float32) if leaf.dtype.kind == "f" else leaf
-
-
 @_BATCH_NORM.forward
 def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tree]:
     """y = gamma · (x - mean) / sqrt(var + eps) + beta, for x (N, C) or (N, C, H, W).
@@ -1302,7 +1277,8 @@ def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tr
     inverse_std = 1 / np.sqrt(var + eps)
     if x.dtype == np.float32 and not math.isfinite(var @ inverse_std):  # sums that overflowed
         y, cache = batch_norm_forward(params, x.astype(np.float64), eps=eps)
-        return y.astype(np.float32), tree_map(_to_float32, cache)
+        as_float32 = partial(np.asarray, dtype=np.float32)
+        return as_float32(y), {**tree_map(as_float32, cache), "count": cache["count"]}
     y = centered * _per_channel(params["gamma"] * inverse_std, x)
     y += _per_channel(params["beta"], x)
     return y, {**cache, "centered": centered, "inverse_std": inverse_std}
@@ -1444,11 +1420,16 @@ def layer_norm(*, eps: float = 1e-5) -> Layer:
 _GROUP_NORM = _Form("N C ...", gamma="C", beta="C")
 
 
+def _check_groups(where: str, groups: int, channels: int, owner: str) -> None:
+    if channels % groups:
+        message = f"{groups} groups do not divide the {channels} channels of {owner}"
+        raise ValueError(f"{where}: {message}")
+
+
 def _by_group(x: Array, groups: int) -> tuple[Array, Shape]:
     """x (N, C, ...) seen as (N, groups, C/groups, ...), and the axes of a group."""
     N, C, *others = x.shape
-    if C % groups:
-        raise ValueError(f"group_norm: {groups} groups do not divide the {C} channels of x")
+    _check_groups("group_norm", groups, C, "x")
     return x.reshape(N, groups, C // groups, *others), tuple(range(2, x.ndim + 1))
 
 
@@ -1901,13 +1882,11 @@ def _unfold(padded: Array, windows: _Windows, groups: int) -> Array:
 def _spans(height: int, windows: _Windows, start: int, stop: int) -> list[tuple[slice, slice]]:
     """Rows of windows from start to stop: (these, the kernel rows that they have in the image)."""
     kh, _, stride, above, dilation = (both[0] for both in windows)
-    spans: list[tuple[slice, slice]] = []
-    for row in range(start, stop):
-        taps, _ = _overlap(kh, dilation, row * stride - above, height)
-        if spans and spans[-1][1] == taps:
-            spans[-1] = slice(spans[-1][0].start, row + 1), taps
-        else:
-            spans.append((slice(row, row + 1), taps))
+    taps = [_overlap(kh, dilation, r * stride - above, height)[0] for r in range(start, stop)]
+    spans = []
+    for own, run in itertools.groupby(range(start, stop), lambda row: taps[row - start]):
+        first, *others = run
+        spans.append((slice(first, first + len(others) + 1), own))
     return spans
 
 
@@ -2033,12 +2012,6 @@ def _conv_dx(drows: Array, W: Array, shape: Shape, windows: _Windows, groups: in
 def _as_image(x: Array) -> Array:
     """A sequence (N, C, T), or a kernel (out, in, k), with one row; images as they are."""
     return x if x.ndim == 4 else x[:, :, None]
-
-
-def _check_groups(where: str, groups: int, channels: int, owner: str) -> None:
-    if channels % groups:
-        message = f"{groups} groups do not divide the {channels} channels of {owner}"
-        raise ValueError(f"{where}: {message}")
 
 
 def _conv_init(
@@ -2491,10 +2464,7 @@ def upsample2d(factor: Size) -> Layer:
     return _without_params(upsample2d_forward, upsample2d_backward, factor=sizes)
 
 
-# ------------------------------------------------------------------------------------------------
-# Combinators: layers made of layers
-# ------------------------------------------------------------------------------------------------
-
+# === Combinators: layers made of layers =========================================================
 
 _Layers = dict[str, LayerLike]
 
@@ -2797,9 +2767,7 @@ def concatenate(*branches: LayerLike, axis: int = 1, **named: LayerLike) -> Laye
     return _layer(*functions, layers=_named("concatenate", branches, named), axis=axis)
 
 
-# ------------------------------------------------------------------------------------------------
-# Losses: (prediction, target) -> (loss, dprediction)
-# ------------------------------------------------------------------------------------------------
+# === Losses: (prediction, target) -> (loss, dprediction) ========================================
 
 
 def _check_prediction(where: str, name: str, prediction: Any, classes: bool = False) -> None:
@@ -2812,21 +2780,18 @@ def _check_prediction(where: str, name: str, prediction: Any, classes: bool = Fa
 
 def _check_labels(where: str, labels: Any, prediction: Array) -> None:
     """Refuse what is not one class number for each position of a prediction (N, ..., K)."""
-    *shape, classes = prediction.shape
+    shape, classes = prediction.shape[:-1], prediction.shape[-1]
     if not _is_array(labels):
         raise TypeError(f"{where}: labels must be a NumPy array, got {_kind(labels)}")
-    if labels.shape != tuple(shape):
+    if labels.shape != shape:
         flat = labels.ndim == 1 < len(shape)
         hint = "; for one label per sample put flatten() before the last layer" if flat else ""
-        raise ValueError(
-            f"{where}: labels must have shape {tuple(shape)}, got {labels.shape}{hint}"
-        )
+        raise ValueError(f"{where}: labels must have shape {shape}, got {labels.shape}{hint}")
     if labels.dtype.kind not in "iu":
         raise ValueError(f"{where}: labels must be whole numbers (integers), got {labels.dtype}")
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(
-            f"{where}: labels must be from 0 to {classes - 1}, got {labels.min()} to {labels.max()}"
-        )
+    low, high = labels.min(), labels.max()
+    if low < 0 or high >= classes:
+        raise ValueError(f"{where}: labels must be from 0 to {classes - 1}, got {low} to {high}")
 
 
 def _two_shapes(where: str, target: Array, prediction: Array) -> str:
@@ -2922,9 +2887,8 @@ def cross_entropy(probabilities: Array, target: Array, weights: Weights = None) 
     _check_prediction(where, "probabilities", probabilities, classes=True)
     tolerance = 1e-3  # rounding, and the steps of a gradient check
     if not (probabilities.min() >= -tolerance and probabilities.max() <= 1 + tolerance):
-        raise ValueError(
-            f"{where}: probabilities must be from 0 to 1; for logits use softmax_{where}"
-        )
+        hint = "for logits use softmax_cross_entropy"
+        raise ValueError(f"{where}: probabilities must be from 0 to 1; {hint}")
     t, _ = _probabilities(where, target, probabilities)
     p = np.maximum(probabilities, np.finfo(probabilities.dtype).tiny)
     losses = -np.einsum("...k,...k->...", t, np.log(p))
@@ -3023,9 +2987,7 @@ def l2_penalty(params: Tree, coefficient: float) -> tuple[float, Tree]:
     return loss, tree_unflatten({path: coefficient * W for path, W in weights.items()})
 
 
-# ------------------------------------------------------------------------------------------------
-# Optimizers: step(params, grads, state) -> (params, state)
-# ------------------------------------------------------------------------------------------------
+# === Optimizers: step(params, grads, state) -> (params, state) ==================================
 
 Rate = float | Callable[[int], float]
 
@@ -3312,9 +3274,7 @@ def adadelta(
     return _optimizer("adadelta", _adadelta, ["square_average", "change_average"], options)
 
 
-# ------------------------------------------------------------------------------------------------
-# Schedules: step -> learning rate, the first step is 0
-# ------------------------------------------------------------------------------------------------
+# === Schedules: step -> learning rate, the first step is 0 ======================================
 
 Schedule = Callable[[int | np.integer[Any] | Array], float]
 
@@ -3461,9 +3421,7 @@ def reduce_on_plateau(
     return {**state, "scale": np.array(scale), **plateau}
 
 
-# ------------------------------------------------------------------------------------------------
-# Gradient checking
-# ------------------------------------------------------------------------------------------------
+# === Gradient checking ==========================================================================
 
 _SAMPLES = 40  # entries of one array that are compared one by one, when it has more
 _STEP = 3e-6  # near the cube root of float64's precision, where central differences are best
@@ -3523,10 +3481,8 @@ def _compare(probe: _Probe, analytic: Array, y: Array, rtol: float, key: Key) ->
     """AssertionError where backward and central differences disagree."""
     name = f"d{probe.path}" if probe.path[0] == "x" else probe.path.replace("params", "grads", 1)
     if analytic.shape != probe.array.shape:
-        raise AssertionError(
-            f"check_gradients: {name} has shape {analytic.shape},"
-            f" but what it is the gradient of has {probe.array.shape}"
-        )
+        but = f"but what it is the gradient of has {probe.array.shape}"
+        raise AssertionError(f"check_gradients: {name} has shape {analytic.shape}, {but}")
     flat = np.asarray(analytic, np.float64).reshape(-1)
     positions = np.flatnonzero(~np.isfinite(flat))[:1]
     if flat.size <= _SAMPLES:
@@ -3551,10 +3507,8 @@ def _compare(probe: _Probe, analytic: Array, y: Array, rtol: float, key: Key) ->
         if finite and lower <= flat[position] <= upper:
             continue
         index = ", ".join(str(int(i)) for i in np.unravel_index(position, probe.array.shape))
-        raise AssertionError(
-            f"check_gradients: {name}[{index}] is {flat[position]:.10g} by backward,"
-            f" but {slope:.10g} by central differences"
-        )
+        both = f"{flat[position]:.10g} by backward, but {slope:.10g} by central differences"
+        raise AssertionError(f"check_gradients: {name}[{index}] is {both}")
 
 
 def _float64(leaf: Any) -> Any:
@@ -3591,9 +3545,8 @@ def check_gradients(
     y, cache = _two_results("forward", layer.forward(inputs["params"], inputs["x"]))
     for path, leaf in tree_flatten({"y": y}).items():
         if not isinstance(leaf, np.ndarray) or leaf.dtype != np.float64:
-            raise AssertionError(
-                f"check_gradients: {path} must be float64 like x, got {_kind(leaf)}"
-            )
+            kind = _kind(leaf)
+            raise AssertionError(f"check_gradients: {path} must be float64 like x, got {kind}")
     r = tree_map(_float64, tree_map(_generator(key).standard_normal, tree_map(np.shape, y)))
     dx, grads = _two_results("backward", layer.backward(inputs["params"], cache, r))
     slopes = tree_flatten({"params": grads or {}, "x": dx})
@@ -3613,10 +3566,7 @@ def check_gradients(
             _compare(probe, np.asarray(analytic), _vector(y), rtol, fold_key(key, index))
 
 
-# ------------------------------------------------------------------------------------------------
-# Training helpers
-# ------------------------------------------------------------------------------------------------
-
+# === Training helpers ===========================================================================
 
 Loss = Callable[[Data, Data], tuple[float, Data]]
 ValueAndGrad = Callable[[Tree, Data, Data], tuple[float, Tree, Any]]
@@ -3739,9 +3689,7 @@ def batches(count: int, size: int, key: Key, drop_last: bool = False) -> Iterato
     return iter([order[start : start + size] for start in range(0, stop, size)])
 
 
-# ------------------------------------------------------------------------------------------------
-# Augmentation
-# ------------------------------------------------------------------------------------------------
+# === Augmentation ===============================================================================
 
 
 def _spline(length: int, knots: int) -> Array:
@@ -3821,9 +3769,7 @@ def augment(
     return _sample(images, y, x)
 
 
-# ------------------------------------------------------------------------------------------------
-# Exchange with PyTorch, and a summary
-# ------------------------------------------------------------------------------------------------
+# === Exchange with PyTorch, and a summary =======================================================
 
 # Of each layer: the axes of a sample, which axis of the first entry is as long as "in", and every
 # entry of PyTorch's = ours, ".T" where it is transposed, nothing where we do not keep it. What are
@@ -3948,9 +3894,7 @@ def summary(net: LayerLike, shape: Any) -> str:
     return "\n".join(map("  ".join, lines))
 
 
-# ------------------------------------------------------------------------------------------------
-# Not pure: files and memory
-# ------------------------------------------------------------------------------------------------
+# === Not pure: files and memory =================================================================
 
 # Modules that only one of these functions needs are imported there, so `import purenn` is quick.
 
