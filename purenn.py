@@ -2036,7 +2036,10 @@ def _correlate_transposed(
     dx = np.zeros(shape, drows.dtype)
     columns = parts.reshape(H, C, kw, Wo, N)
     for j, (covering, pixels) in enumerate(_taps(windows, width, 1)):
-        dx[:, :, pixels] += columns[:, :, j, covering]
+        if j * dilation < stride:  # no other tap so far has had these pixels
+            dx[:, :, pixels] = columns[:, :, j, covering]
+        else:
+            dx[:, :, pixels] += columns[:, :, j, covering]
     return dx
 
 
