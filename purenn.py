@@ -1346,7 +1346,7 @@ _EMBEDDING = _Form("whole: N ...", y="N ... size", W="count size")
 def embedding_init(key: Key, shape: Shape, *, W: Shape, init: Initializer) -> tuple[Tree, Shape]:
     """W (count, size) from `init`; shape (...) becomes (..., size)."""
     shape = _EMBEDDING.shape("embedding", shape)
-    return _weights("embedding", key, init, W, 1, bias=False), (*shape, W[1])
+    return _weights("embedding", key, init, W, W[1], bias=False), (*shape, W[1])
 
 
 @_EMBEDDING.forward
@@ -1387,7 +1387,7 @@ _POSITION_EMBEDDING = _Form("N T D", P="positions D")
 def position_embedding_init(key: Key, shape: Shape, *, init: Initializer) -> tuple[Tree, Shape]:
     """P (T, D) from `init`, for shape (T, D)."""
     shape = _POSITION_EMBEDDING.shape("position_embedding", shape)
-    return {"P": _weights("position_embedding", key, init, shape, 1, bias=False)["W"]}, shape
+    return {"P": _weights("position_embedding", key, init, shape, 0, bias=False)["W"]}, shape
 
 
 @_POSITION_EMBEDDING.forward
