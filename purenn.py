@@ -32,7 +32,8 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, partial, reduce, wraps
+from operator import itemgetter
 from typing import IO, Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
@@ -45,23 +46,27 @@ __all__ = [
     "tree_map", "tree_flatten", "tree_unflatten", "tree_add", "count_parameters", "global_norm",
     "clip_gradients", "fold_key", "training", "zeros", "constant", "normal", "uniform",
     "xavier_normal", "xavier_uniform", "he_normal", "he_uniform", "orthogonal", "Layer", "linear",
-    "identity", "flatten", "relu", "leaky_relu", "elu", "sigmoid", "tanh", "softplus", "gelu",
-    "silu", "softmax", "log_softmax", "dropout", "batch_norm", "update_statistics", "layer_norm",
-    "embedding", "position_embedding", "rnn", "gru", "lstm", "attention",
-    "conv2d", "max_pool2d", "avg_pool2d", "global_avg_pool2d", "sequential", "residual",
+    "identity", "flatten", "reshape", "permute", "last", "relu", "leaky_relu", "elu", "sigmoid",
+    "tanh", "softplus", "gelu", "silu", "softmax", "log_softmax", "dropout", "batch_norm",
+    "update_statistics", "layer_norm", "group_norm", "embedding", "position_embedding", "rnn",
+    "gru", "lstm", "attention", "conv1d", "conv2d", "conv2d_transpose", "max_pool2d", "avg_pool2d",
+    "global_avg_pool2d", "upsample2d", "sequential", "residual", "concatenate", "heads",
     "softmax_cross_entropy", "cross_entropy", "hinge", "binary_cross_entropy", "mean_squared_error",
     "mean_absolute_error", "huber", "l2_penalty", "Optimizer", "sgd", "adam", "adamw", "rmsprop",
     "adagrad", "adadelta", "step_decay", "multistep", "exponential", "cosine", "cyclic",
     "one_cycle", "warmup", "reduce_on_plateau", "check_gradients", "value_and_grad",
-    "data_parallel", "accuracy", "batches", "augment", "replacing", "save", "load",
-    "keep_freed_memory",
+    "data_parallel", "accuracy", "batches", "augment", "to_torch", "from_torch",
+    "summary", "replacing", "save", "load", "keep_freed_memory",
 ]
 # fmt: on
 
 Array = NDArray[Any]
 Tree = dict[str, Any]  # nested dicts whose leaves are arrays
+Data = Any  # an array, or a tree of arrays with a common batch axis
 Key = int | Sequence[int] | Array
 Shape = tuple[int, ...]
+Shapes = Any  # the shape of one sample, or a tree of shapes
+Weights = Array | None
 Path = str | os.PathLike[str]
 _FLOATS = "float32 or float64", "fd", "np.float32"  # in words, dtype.char, what one converts to
 _WHOLE = "whole numbers", np.typecodes["AllInteger"], "int"
@@ -408,7 +413,7 @@ def fold_key(key: Key, index: int) -> Array:
 def training(params: Tree, key: Key) -> Tree:
     """params plus the entry "key": a network given these runs in training mode.
 
-    `sequential` and `residual` hand each child a key of its own; `dropout` draws its mask from
+    Combinators hand each child a key of its own; `dropout` draws its mask from
     it, and `batch_norm` takes the statistics of the batch. Params without a key mean inference.
     """
     _check_dict("training", "params", params)
@@ -514,9 +519,9 @@ def orthogonal(key: Key, shape: Shape) -> Array:
 # ------------------------------------------------------------------------------------------------
 
 
-Init = Callable[[Key, Shape], tuple[Tree, Shape]]
-Forward = Callable[[Tree, Array], tuple[Array, Any]]
-Backward = Callable[[Tree, Any, Array], tuple[Any, Tree]]
+Init = Callable[[Key, Shapes], tuple[Tree, Shapes]]
+Forward = Callable[[Tree, Data], tuple[Data, Any]]
+Backward = Callable[[Tree, Any, Data], tuple[Data, Tree]]
 
 
 class Differentiable(Protocol):
@@ -744,6 +749,7 @@ class _Form:
                 return _call_quietly(forward, params, x, **options)
             return function(check(params, x)[0], x, **options)
 
+        forward.form = self  # type: ignore[attr-defined]  # for `shape_init`
         return cast(_Function, forward)
 
     def backward(self, *entries: str) -> Callable[[_Function], _Function]:
@@ -846,16 +852,22 @@ _FLATTEN = _Form("N ...", y="")
 
 
 def identity_init(key: Key, shape: Shape, *, where: str = "identity") -> tuple[Tree, Shape]:
-    """No params, and the shape is unchanged: also the `init` of every activation."""
+    """No params, and the shape is unchanged."""
     return {}, _ANY.shape(where, shape)
 
 
-def _elementwise(forward: _Function, backward: _Function, **options: Any) -> Layer:
+def shape_init(key: Key, shape: Shape, *, forward: Any) -> tuple[Tree, Shape]:
+    """No params; the shape is that of forward's y for one x of zeros."""
+    function = getattr(forward, "func", forward)
+    shape = function.form.shape(function.__name__.removesuffix("_forward"), shape)
+    return {}, forward({}, np.zeros((1, *shape), np.float32))[0].shape[1:]
+
+
+def _without_params(forward: Any, backward: Any, **options: Any) -> Layer:
     """A layer without params whose forward and backward take these options."""
-    init = partial(identity_init, where=forward.__name__.removesuffix("_forward"))
     if options:
-        return Layer(init, partial(forward, **options), partial(backward, **options))
-    return Layer(init, forward, backward)
+        forward, backward = partial(forward, **options), partial(backward, **options)
+    return Layer(partial(shape_init, forward=forward), forward, backward)
 
 
 @_ANY.forward
@@ -876,11 +888,6 @@ def identity() -> Layer:
     return Layer(identity_init, identity_forward, identity_backward)
 
 
-def flatten_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
-    """No params; shape (a, b, ...) becomes (a·b·...,)."""
-    return {}, (math.prod(_FLATTEN.shape("flatten", shape)),)
-
-
 @_FLATTEN.forward
 def flatten_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y (N, a·b·...) holds the entries of x (N, a, b, ...) in C order."""
@@ -898,7 +905,81 @@ def flatten_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree
 @_constructor
 def flatten() -> Layer:
     """(N, a, b, ...) -> (N, a·b·...), as PyTorch's Flatten."""
-    return Layer(flatten_init, flatten_forward, flatten_backward)
+    return _without_params(flatten_forward, flatten_backward)
+
+
+def _reshaped(x: Array, size: Shape) -> Shape:
+    if math.prod(x.shape[1:]) != math.prod(size):
+        raise ValueError(f"reshape: a sample of shape {x.shape[1:]} does not fit in {size}")
+    return (len(x), *size)
+
+
+@_FLATTEN.forward
+def reshape_forward(params: Tree, x: Array, *, size: Shape) -> tuple[Array, Array]:
+    """y (N, *size) holds the entries of x (N, ...) in C order."""
+    _reshaped(x, size)
+    return np.moveaxis(np.moveaxis(x, 0, -1).reshape(*size, len(x)), -1, 0), x
+
+
+@_FLATTEN.backward()
+def reshape_backward(params: Tree, cache: Array, dy: Array, *, size: Shape) -> tuple[Array, Tree]:
+    """dx is dy in the shape of x."""
+    dy = _gradient("reshape", dy, _reshaped(cache, size), cache.dtype)
+    return dy.reshape(cache.shape), {}
+
+
+@_constructor
+def reshape(*shape: int) -> Layer:
+    """(N, ...) -> (N, *shape) of as many values, as PyTorch's Unflatten: `reshape(64, 7, 7)`."""
+    size = _check_shape("reshape", shape)
+    return _without_params(reshape_forward, reshape_backward, size=size)
+
+
+@_ANY.forward
+def permute_forward(params: Tree, x: Array, *, axes: Shape) -> tuple[Array, Array]:
+    """y: its axis i, the batch not counted, is axis axes[i] of x (N, ...)."""
+    if x.ndim != len(axes) + 1:
+        raise ValueError(f"permute: a sample of shape {x.shape[1:]} does not have axes {axes}")
+    y = x.transpose(0, *(axis + 1 for axis in axes))
+    return y, y
+
+
+@_ANY.backward()
+def permute_backward(params: Tree, cache: Array, dy: Array, *, axes: Shape) -> tuple[Array, Tree]:
+    """dx is dy with its axes in the order of x."""
+    return dy.transpose(0, *(np.argsort(axes) + 1)), {}
+
+
+@_constructor
+def permute(*axes: int) -> Layer:
+    """The axes in another order, the batch not counted: `permute(1, 0)` swaps time and features."""
+    order = tuple(_whole("permute", "every axis", axis, 0) for axis in axes)
+    if sorted(order) != list(range(len(order))):
+        raise ValueError(f"permute: axes must be 0, 1, ... in some order, got {order}")
+    return _without_params(permute_forward, permute_backward, axes=order)
+
+
+_LAST = _Form("N T ...", y="N ...")
+
+
+@_LAST.forward
+def last_forward(params: Tree, x: Array) -> tuple[Array, Array]:
+    """y (N, ...) = x[:, -1], for x (N, T, ...)."""
+    return x[:, -1], x
+
+
+@_LAST.backward()
+def last_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+    """dx is dy at the last step, and 0 at all others."""
+    dx = np.zeros_like(cache)
+    dx[:, -1] = dy
+    return dx, {}
+
+
+@_constructor
+def last() -> Layer:
+    """The last step of a sequence, (N, T, ...) -> (N, ...)."""
+    return _without_params(last_forward, last_backward)
 
 
 # --- activations: element by element, any shape ---
@@ -922,7 +1003,7 @@ def relu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
 @_constructor
 def relu() -> Layer:
     """max(x, 0); its gradient at 0 is 0."""
-    return _elementwise(relu_forward, relu_backward)
+    return _without_params(relu_forward, relu_backward)
 
 
 @_ANY.forward
@@ -943,7 +1024,7 @@ def leaky_relu_backward(
 def leaky_relu(slope: float = 0.01) -> Layer:
     """x where x > 0, else slope · x (Maas et al. 2013). ValueError for a slope not finite."""
     slope = _number("leaky_relu", "slope", slope, above=-math.inf, below=math.inf)
-    return _elementwise(leaky_relu_forward, leaky_relu_backward, slope=slope)
+    return _without_params(leaky_relu_forward, leaky_relu_backward, slope=slope)
 
 
 @_ANY.forward
@@ -963,7 +1044,7 @@ def elu_backward(params: Tree, cache: Array, dy: Array, *, alpha: float) -> tupl
 def elu(alpha: float = 1.0) -> Layer:
     """x where x > 0, else alpha · (exp(x) - 1), for alpha > 0 (Clevert et al. 2016)."""
     alpha = _number("elu", "alpha", alpha, above=0, below=math.inf)
-    return _elementwise(elu_forward, elu_backward, alpha=alpha)
+    return _without_params(elu_forward, elu_backward, alpha=alpha)
 
 
 def _sigmoid(x: Array) -> Array:
@@ -987,7 +1068,7 @@ def sigmoid_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree
 @_constructor
 def sigmoid() -> Layer:
     """1 / (1 + exp(-x))."""
-    return _elementwise(sigmoid_forward, sigmoid_backward)
+    return _without_params(sigmoid_forward, sigmoid_backward)
 
 
 @_ANY.forward
@@ -1006,7 +1087,7 @@ def tanh_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
 @_constructor
 def tanh() -> Layer:
     """tanh(x)."""
-    return _elementwise(tanh_forward, tanh_backward)
+    return _without_params(tanh_forward, tanh_backward)
 
 
 @_ANY.forward
@@ -1024,37 +1105,47 @@ def softplus_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tre
 @_constructor
 def softplus() -> Layer:
     """log(1 + exp(x)), a smooth relu."""
-    return _elementwise(softplus_forward, softplus_backward)
+    return _without_params(softplus_forward, softplus_backward)
 
 
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 
 
-def _gelu_tanh(x: Array) -> Array:
-    """tanh(sqrt(2/π) · (x + 0.044715 x³)): ±1 beyond |x| = 10; clipped there, x³ is no overflow."""
-    x = np.clip(x, -10, 10)
-    return np.tanh(_SQRT_2_OVER_PI * x * (1 + 0.044715 * x * x))
+def _normal_cdf(x: Array, exact: bool) -> Array:
+    """Φ(x) = erfc(-x/√2)/2, or about (1 + tanh(sqrt(2/π) · (x + 0.044715 x³)))/2."""
+    if exact:  # number by number: NumPy has no erfc, but C has
+        values = map(math.erfc, (-math.sqrt(0.5) * x).ravel().tolist())
+        return 0.5 * np.fromiter(values, x.dtype, x.size).reshape(x.shape)
+    x = np.clip(x, -10, 10)  # the tanh is ±1 from there on, and x³ does not overflow
+    return 0.5 + 0.5 * np.tanh(_SQRT_2_OVER_PI * x * (1 + 0.044715 * x * x))
 
 
 @_ANY.forward
-def gelu_forward(params: Tree, x: Array) -> tuple[Array, Tree]:
-    """y = x/2 · (1 + tanh(sqrt(2/π) · (x + 0.044715 x³)))."""
-    t = _gelu_tanh(x)
-    return 0.5 * x * (1 + t), {"x": x, "tanh": t}
+def gelu_forward(params: Tree, x: Array, *, exact: bool) -> tuple[Array, Tree]:
+    """y = x · Φ(x)."""
+    phi = _normal_cdf(x, exact)
+    return np.maximum(x, -40) * phi, {"x": x, "phi": phi}
 
 
-@_ANY.backward("x", "tanh")
-def gelu_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]:
-    """dx = dy · ((1 + t)/2 + x/2 · (1 - t²) · sqrt(2/π) · (1 + 3 · 0.044715 x²)), t the tanh."""
-    x, t = np.clip(cache["x"], -10, 10), cache["tanh"]
-    inner = _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x)
-    return dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * inner), {}
+@_ANY.backward("x", "phi")
+def gelu_backward(params: Tree, cache: Tree, dy: Array, *, exact: bool) -> tuple[Array, Tree]:
+    """dx = dy · (Φ + x Φ'), Φ' = exp(-x²/2) / sqrt(2π) if exact.
+
+    In the tanh form Φ' = 2 Φ (1 - Φ) · sqrt(2/π) · (1 + 3 · 0.044715 x²).
+    """
+    x, phi = np.clip(cache["x"], -40, 40), cache["phi"]
+    if exact:
+        slope = 0.5 * _SQRT_2_OVER_PI * np.exp(-0.5 * x * x)
+    else:
+        slope = phi * (1 - phi) * (2 * _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x))
+    return dy * (phi + x * slope), {}
 
 
 @_constructor
-def gelu() -> Layer:
-    """x · Φ(x) in its tanh form (Hendrycks and Gimpel 2016); NumPy has no erf."""
-    return _elementwise(gelu_forward, gelu_backward)
+def gelu(*, exact: bool = False) -> Layer:
+    """x · Φ(x) (Hendrycks and Gimpel 2016), or its tanh form, which is 20 times faster."""
+    _check_bool("gelu", "exact", exact)
+    return _without_params(gelu_forward, gelu_backward, exact=exact)
 
 
 @_ANY.forward
@@ -1073,12 +1164,7 @@ def silu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
 @_constructor
 def silu() -> Layer:
     """x · sigmoid(x), also called swish (Hendrycks and Gimpel 2016)."""
-    return _elementwise(silu_forward, silu_backward)
-
-
-def softmax_init(key: Key, shape: Shape, *, where: str = "softmax") -> tuple[Tree, Shape]:
-    """No params, and the shape is unchanged; it needs an axis of classes. Also for log_softmax."""
-    return {}, _CLASSES.shape(where, shape)
+    return _without_params(silu_forward, silu_backward)
 
 
 @_CLASSES.forward
@@ -1098,7 +1184,7 @@ def softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree
 @_constructor
 def softmax() -> Layer:
     """exp(x) / Σ exp(x) over the last axis. Do not put it before `softmax_cross_entropy`."""
-    return Layer(softmax_init, softmax_forward, softmax_backward)
+    return _without_params(softmax_forward, softmax_backward)
 
 
 @_CLASSES.forward
@@ -1118,8 +1204,7 @@ def log_softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, 
 @_constructor
 def log_softmax() -> Layer:
     """x - log Σ exp(x) over the last axis."""
-    init = partial(softmax_init, where="log_softmax")
-    return Layer(init, log_softmax_forward, log_softmax_backward)
+    return _without_params(log_softmax_forward, log_softmax_backward)
 
 
 # --- regularizers ---
@@ -1169,18 +1254,18 @@ def batch_norm_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
 
 
 def _channel_sums(*factors: Array) -> Array:
-    """Σ of the product of one or two arrays (N, C) or (N, C, H, W), over all axes but 1."""
-    axes = "nchw"[: factors[0].ndim]
+    """Σ of the product of one or two arrays (N, C, ...), over all axes but 1."""
+    axes = "nchwdefgijklm"[: factors[0].ndim]
     return np.einsum(",".join([axes] * len(factors)) + "->c", *factors)
 
 
 def _per_channel(vector: Array, x: Array) -> Array:
-    """A vector (C,) in a shape that broadcasts with x (N, C) or (N, C, H, W).
+    """A vector (C,) in a shape that broadcasts with x (N, C, ...).
 
     For images it is repeated along a row of pixels: broadcasting single values is twice as slow.
     """
-    if x.ndim == 2:
-        return vector
+    if x.ndim != 4:
+        return vector if x.ndim == 2 else vector.reshape(-1, *[1] * (x.ndim - 2))
     N, C, _, W = x.shape
     return np.repeat(vector, W * N).reshape(C, 1, W, N).transpose(3, 0, 1, 2)
 
@@ -1195,7 +1280,8 @@ def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tr
 
     With params["key"], mean and var (biased) are those of the batch over all axes but C; without
     one they are params["mean"] and params["var"]. The cache holds under "statistics" the
-    values towards which `update_statistics` moves params["mean"] and params["var"].
+    values towards which `update_statistics` moves params["mean"] and params["var"], and as "count"
+    of how many values they are, 0 without a key.
     """
     mean, var = params["mean"], params["var"]
     if "key" in params:
@@ -1209,7 +1295,7 @@ def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tr
         cache = {"statistics": statistics, "count": np.array(count)}
     else:
         centered = x - _per_channel(mean, x)
-        cache = {"statistics": {"mean": mean, "var": var}}
+        cache = {"statistics": {"mean": mean, "var": var}, "count": np.array(0)}
     inverse_std = 1 / np.sqrt(var + eps)
     if x.dtype == np.float32 and not math.isfinite(var @ inverse_std):  # sums that overflowed
         y, cache = batch_norm_forward(params, x.astype(np.float64), eps=eps)
@@ -1231,8 +1317,7 @@ def batch_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tr
     dgamma = _channel_sums(dy, centered) * inverse_std
     scale = params["gamma"] * inverse_std
     dx: Array = dy * _per_channel(scale, dy)
-    if "count" in cache:
-        count = int(cache["count"])
+    if count := int(cache.get("count", 0)):
         dx -= centered * _per_channel(scale * inverse_std * dgamma / count, dy)
         dx -= _per_channel(scale * dbeta / count, dy)
     return dx, {"gamma": dgamma, "beta": dbeta}
@@ -1249,32 +1334,32 @@ def batch_norm(*, eps: float = 1e-5) -> Layer:
     return Layer(batch_norm_init, partial(batch_norm_forward, eps=eps), batch_norm_backward)
 
 
-def _statistics(params: Any, cache: Any) -> Tree:
-    """The entries of params that are running statistics, with their values in this batch."""
-    found = cache.get("statistics") if isinstance(cache, dict) else None
-    if not isinstance(found, dict) or not isinstance(params, dict):
-        return {}
-    return {
-        name: value
-        for name, value in found.items()
-        if name in params and not isinstance(params[name], dict)
-    }
+def _parts(cache: Any) -> Tree:
+    """The parts of a cache by name; those of a tuple or list have names that no params have."""
+    if isinstance(cache, (tuple, list)):
+        return {f"[{position}]": part for position, part in enumerate(cache)}
+    return cache if isinstance(cache, dict) else {}
 
 
-def _move_statistics(params: Tree, cache: Any, momentum: float) -> Tree:
-    if not isinstance(params, dict) or not isinstance(cache, dict):
-        return params
-    moved: Tree = {
-        name: _move_statistics(value, cache.get(name), momentum) for name, value in params.items()
-    }
-    for name, batch in _statistics(params, cache).items():
-        running = params[name]
-        _check_array("update_statistics", name, running)
-        _check_numbers("update_statistics", name, batch)
-        if batch.shape != running.shape:
-            raise ValueError(f"update_statistics: {name} is {_kind(running)}, got {_kind(batch)}")
-        moved[name] = np.asarray(running + momentum * (batch - running), running.dtype)
-    return moved
+def _statistics(
+    params: Any, cache: Any, path: str = "", lost: bool = False
+) -> Iterator[tuple[str, Any, bool]]:
+    """(path in params, value in this batch, whether in training mode) of all running statistics."""
+    parts = _parts(cache)
+    for name, part in parts.items():
+        if name == "statistics" and isinstance(part, dict):
+            for own, value in part.items():
+                if lost or own in params:  # a layer may list what is none of its params
+                    yield path + own, value, bool(np.any(parts.get("count", True)))
+        elif isinstance(params.get(name), dict):
+            yield from _statistics(params[name], part, f"{path}{name}/")
+        else:  # a tuple, perhaps, of a child that has the same params
+            yield from _statistics(params, part, path, lost=True)
+
+
+def _replace(tree: Tree, path: str, leaf: Any) -> Tree:
+    name, _, rest = path.partition("/")
+    return {**tree, name: _replace(tree[name], rest, leaf) if rest else leaf}
 
 
 @_quiet
@@ -1283,16 +1368,31 @@ def update_statistics(params: Tree, cache: Any, momentum: float = 0.1) -> Tree:
 
     `cache` is that of the forward pass in training mode. Any layer may take part: what its cache
     holds under "statistics" are the batch's values for the params of the same names, which are
-    not trained. The variance is the unbiased one, as PyTorch keeps it. ValueError for a momentum
-    outside [0, 1], TypeError for a cache that is neither a dict nor an array.
+    not trained. The variance is the unbiased one, as PyTorch keeps it. A combinator of your own
+    keeps the cache of each child under the name of the child's params.
+    ValueError for a momentum outside [0, 1], statistics that params lack, and where nothing was in
+    training mode: a "count" of 0 beside all statistics. TypeError for what is no cache.
     """
-    momentum = _number("update_statistics", "momentum", momentum, minimum=0, maximum=1)
-    _check_dict("update_statistics", "params", params)
-    if not isinstance(cache, (dict, np.ndarray)):  # an array is the whole cache of, say, linear
-        raise TypeError(
-            f"update_statistics: cache must be the one that forward returned, got {_kind(cache)}"
-        )
-    return _move_statistics(params, cache, momentum)
+    where = "update_statistics"
+    momentum = _number(where, "momentum", momentum, minimum=0, maximum=1)
+    flat = _flatten(where, "params", params)
+    if not isinstance(cache, (dict, np.ndarray, tuple, list)):
+        raise TypeError(f"{where}: cache must be the one that forward returned, got {_kind(cache)}")
+    found = list(_statistics(params, cache))
+    if found and not any(in_training for *_, in_training in found):
+        raise ValueError(f"{where}: nothing was in training mode, see `training`")
+    for path, batch, in_training in found:
+        if path not in flat:
+            raise ValueError(f"{where}: the cache has statistics of {path!r}, which params lack")
+        if in_training:
+            running, name = flat[path], path.split("/")[-1]
+            _check_array(where, name, running)
+            _check_numbers(where, name, batch)
+            if batch.shape != running.shape:
+                raise ValueError(f"{where}: {name} is {_kind(running)}, got {_kind(batch)}")
+            flat[path] = np.asarray(running + momentum * (batch - running), running.dtype)
+            params = _replace(params, path, flat[path])
+    return params
 
 
 _LAYER_NORM = _Form("N ... in", gamma="in", beta="in")
@@ -1336,6 +1436,64 @@ def layer_norm(*, eps: float = 1e-5) -> Layer:
     """Normalizes each sample over its last axis (Ba et al. 2016), as PyTorch does."""
     eps = _number("layer_norm", "eps", eps, above=0, below=math.inf)
     return Layer(layer_norm_init, partial(layer_norm_forward, eps=eps), layer_norm_backward)
+
+
+_GROUP_NORM = _Form("N C ...", gamma="C", beta="C")
+
+
+def _by_group(x: Array, groups: int) -> tuple[Array, Shape]:
+    """x (N, C, ...) seen as (N, groups, C/groups, ...), and the axes of a group."""
+    N, C, *others = x.shape
+    if C % groups:
+        raise ValueError(f"group_norm: {groups} groups do not divide the {C} channels of x")
+    return x.reshape(N, groups, C // groups, *others), tuple(range(2, x.ndim + 1))
+
+
+def group_norm_init(key: Key, shape: Shape, *, groups: int) -> tuple[Tree, Shape]:
+    """gamma 1 and beta 0, each (C,), for shape (C, ...)."""
+    shape = _GROUP_NORM.shape("group_norm", shape)
+    _by_group(np.empty((0, shape[0])), groups)  # for its check
+    return {"gamma": np.ones(shape[0], np.float32), "beta": np.zeros(shape[0], np.float32)}, shape
+
+
+@_GROUP_NORM.forward
+def group_norm_forward(params: Tree, x: Array, *, groups: int, eps: float) -> tuple[Array, Tree]:
+    """y = gamma · (x - mean) / sqrt(var + eps) + beta, mean and var (biased) over each group."""
+    parts, axes = _by_group(x, groups)
+    normalized = parts - parts.mean(axis=axes, keepdims=True)
+    inverse_std = 1 / np.sqrt(np.square(normalized).mean(axis=axes, keepdims=True) + eps)
+    normalized *= inverse_std
+    normalized = normalized.reshape(x.shape)
+    y = normalized * _per_channel(params["gamma"], x)
+    y += _per_channel(params["beta"], x)
+    return y, {"normalized": normalized, "inverse_std": inverse_std}
+
+
+@_GROUP_NORM.backward("normalized", "inverse_std")
+def group_norm_backward(params: Tree, cache: Tree, dy: Array, *, groups: int) -> tuple[Array, Tree]:
+    """As `layer_norm_backward`, with the sums over all axes but C, the means over each group."""
+    grads = {"gamma": _channel_sums(dy, cache["normalized"]), "beta": _channel_sums(dy)}
+    g, axes = _by_group(dy * _per_channel(params["gamma"], dy), groups)
+    normalized, _ = _by_group(cache["normalized"], groups)
+    dx = g - g.mean(axis=axes, keepdims=True)
+    dx -= normalized * (g * normalized).mean(axis=axes, keepdims=True)
+    dx *= cache["inverse_std"]
+    return dx.reshape(dy.shape), grads
+
+
+@_constructor
+def group_norm(groups: int, *, eps: float = 1e-5) -> Layer:
+    """Normalizes each sample (C, ...) over groups of its channels (Wu and He 2018), as PyTorch.
+
+    ValueError for groups that do not divide C; `init` finds it from the shape.
+    """
+    groups = _whole("group_norm", "groups", groups, 1)
+    eps = _number("group_norm", "eps", eps, above=0, below=math.inf)
+    return Layer(
+        partial(group_norm_init, groups=groups),
+        partial(group_norm_forward, groups=groups, eps=eps),
+        partial(group_norm_backward, groups=groups),
+    )
 
 
 # --- recurrence and attention ---
@@ -1651,7 +1809,7 @@ def _batch_first(rows: Array) -> Array:
 
 
 Pair = tuple[int, int]
-Sides = tuple[Pair, Pair]  # (above, below), (left, right)
+Sides = tuple[Pair, ...]  # of each axis: (above, below), (left, right)
 
 
 def _pair(where: str, name: str, value: Any, minimum: int) -> Pair:
@@ -1675,19 +1833,27 @@ class _Windows(NamedTuple):
 
 
 def _windows(
-    where: str, image: Shape, size: Shape, *, stride: Pair, padding: Sides, dilation: Pair = (1, 1)
+    where: str,
+    image: Shape,
+    size: Shape,
+    *,
+    stride: Shape,
+    padding: Sides,
+    dilation: Shape = (1, 1),
 ) -> _Windows:
-    """The windows that fit into an image (H, W) with padding around it."""
-    (above, below), (left, right) = padding
-    height, width = image[0] + above + below, image[1] + left + right
-    tall, wide = dilation[0] * (size[0] - 1) + 1, dilation[1] * (size[1] - 1) + 1
-    if height < tall or width < wide:
+    """The windows that fit into an image (H, W), or a sequence (T,), with padding around it."""
+    covered = [d * (taps - 1) + 1 for d, taps in zip(dilation, size, strict=True)]
+    padded = [length + sum(sides) for length, sides in zip(image, padding, strict=True)]
+    counts = [(p - c) // s + 1 for p, c, s in zip(padded, covered, stride, strict=True)]
+    if min(counts) < 1:
+        window, whole = (" x ".join(map(str, lengths)) for lengths in (covered, padded))
+        pixels, kind = ("pixels", "image") if len(image) == 2 else ("steps", "sequence")
         raise ValueError(
-            f"{where}: the window covers {tall} x {wide} pixels,"
-            f" but the padded image has {height} x {width}"
+            f"{where}: the window covers {window} {pixels}, but the padded {kind} has {whole}"
         )
-    counts = (height - tall) // stride[0] + 1, (width - wide) // stride[1] + 1
-    return _Windows((size[0], size[1]), counts, stride, (above, left), dilation)
+    before = [sides[0] for sides in padding]
+    axes = [(1, 1, 1, 0, 1), *zip(size, counts, stride, before, dilation, strict=True)]
+    return _Windows(*zip(*axes[-2:], strict=True))  # a sequence is an image of one row
 
 
 def _overlap(count: int, step: int, offset: int, length: int) -> tuple[slice, slice]:
@@ -1874,79 +2040,130 @@ def _correlate_transposed(
     return dx
 
 
+def _as_image(x: Array) -> Array:
+    """A sequence (N, C, T), or a kernel (out, in, k), with one row; images as they are."""
+    return x if x.ndim == 4 else x[:, :, None]
+
+
+def _check_groups(where: str, groups: int, channels: int, owner: str) -> None:
+    if channels % groups:
+        message = f"{groups} groups do not divide the {channels} channels of {owner}"
+        raise ValueError(f"{where}: {message}")
+
+
+def _out_groups(where: str, groups: Any, out: int) -> int:
+    groups = _whole(where, "groups", groups, 1)
+    _check_groups(where, groups, out, "y")
+    return groups
+
+
+def _conv_init(
+    where: str, key: Key, shape: Shape, groups: int, kernel: Shape, moves: Tree, weights: Tree
+) -> tuple[Tree, Shape]:
+    C, *image = shape
+    _check_groups(where, groups, C, "x")
+    windows = _windows(where, tuple(image), kernel, **moves)
+    params = _weights(where, key, shape=(weights["out"], C // groups, *kernel), **weights)
+    return params, (weights["out"], *windows.counts[-len(image) :])
+
+
+def _conv_windows(where: str, x: Array, W: Array, groups: int, moves: Tree) -> _Windows:
+    """How W moves over x; ValueError for channels that do not go with it and its groups."""
+    if len(W) % groups:
+        taps = "kh, kw" if W.ndim == 4 else "k"
+        raise ValueError(f"{where}: W must be (out, in/{groups}, {taps}), got shape {W.shape}")
+    if x.shape[1] != W.shape[1] * groups:
+        raise ValueError(f"{where}: x has {x.shape[1]} channels, but W takes {W.shape[1] * groups}")
+    return _windows(where, x.shape[2:], W.shape[2:], **moves)
+
+
+def _conv_forward(where: str, params: Tree, x: Array, groups: int, moves: Tree) -> Array:
+    windows = _conv_windows(where, x, params["W"], groups, moves)
+    W, (Ho, Wo) = _as_image(params["W"]), windows.counts
+    y = np.empty((Ho, len(W), Wo, len(x)), x.dtype)
+    _correlate(_rows_first(_as_image(x)), W, windows, groups, y)
+    if "b" in params:
+        y += params["b"][:, None, None]
+    return _batch_first(y) if x.ndim == 4 else _batch_first(y)[:, :, 0]
+
+
+def _conv_backward(
+    where: str, params: Tree, x: Array, dy: Array, need_dx: bool, groups: int, moves: Tree
+) -> tuple[Array | None, Tree]:
+    windows = _conv_windows(where, x, params["W"], groups, moves)
+    shape = (len(x), len(params["W"]), *windows.counts[4 - x.ndim :])
+    dy = _as_image(_gradient(where, dy, shape, x.dtype))
+    W, rows, drows = _as_image(params["W"]), _rows_first(_as_image(x)), _rows_first(dy)
+    dW = _correlate_kernel(rows, drows, W.shape, windows, groups)
+    grads = {"W": dW.reshape(params["W"].shape)}
+    if "b" in params:
+        grads["b"] = _channel_sums(dy)
+    if not need_dx:
+        return None, grads
+    dx = _batch_first(_correlate_transposed(drows, W, rows.shape, windows, groups))
+    return dx if x.ndim == 4 else dx[:, :, 0], grads
+
+
+def _single(where: str, name: str, value: Any, minimum: int) -> Shape:
+    return (_whole(where, name, value, minimum),)
+
+
+def _moves(
+    where: str, axes: int, kernel: Any, stride: Any, padding: Any, dilation: Any
+) -> tuple[Shape, Tree]:
+    """The kernel's size and how it moves, checked, with a number for each axis."""
+    check = _pair if axes == 2 else _single
+    size, strides = check(where, "kernel", kernel, 1), check(where, "stride", stride, 1)
+    dilations = check(where, "dilation", dilation, 1)
+    missing = [d * (taps - 1) for d, taps in zip(dilations, size, strict=True)]
+    words = {"conv1d": "a number, 'same' or 'causal'", "conv2d": "numbers or 'same'"}
+    expected = words.get(where, "numbers")
+    if not isinstance(padding, str):
+        sides = [(pixels, pixels) for pixels in check(where, "padding", padding, 0)]
+    elif repr(padding) not in expected:
+        raise ValueError(f"{where}: padding must be {expected}, got {padding!r}")
+    elif padding == "causal":
+        sides = [(missing[0], 0)]
+    elif max(strides) > 1:
+        raise ValueError(f"{where}: padding 'same' goes with stride 1, got {stride}")
+    else:
+        sides = [(pixels // 2, pixels - pixels // 2) for pixels in missing]
+    return size, {"stride": strides, "padding": tuple(sides), "dilation": dilations}
+
+
 _CONV2D = _Form(**_IMAGES, y="", W="out in kh kw", b_="out")
 
 
 def conv2d_init(
-    key: Key, shape: Shape, *, out: int, kernel: Pair, init: Initializer, bias: bool, **options: Any
+    key: Key, shape: Shape, *, groups: int, kernel: Shape, moves: Tree, **weights: Any
 ) -> tuple[Tree, Shape]:
     """W (out, C/groups, kh, kw) from `init`, b (out,) of zeros; (C, H, W) becomes (out, Ho, Wo).
 
     Ho = (H + padding above and below - dilation · (kh - 1) - 1) // stride + 1, and so Wo.
     """
-    C, H, W = _CONV2D.shape("conv2d", shape)
-    groups = options.pop("groups")
-    if C % groups:
-        raise ValueError(f"conv2d: {groups} groups do not divide the {C} channels of x")
-    windows = _windows("conv2d", (H, W), kernel, **options)
-    params = _weights("conv2d", key, init, (out, C // groups, *kernel), out, bias)
-    return params, (out, *windows.counts)
-
-
-def _conv2d_windows(x: Array, W: Array, groups: int, **options: Any) -> _Windows:
-    """How W moves over x; ValueError for channels that do not go with it and its groups."""
-    if W.shape[0] % groups:
-        raise ValueError(f"conv2d: W must be (out, in/{groups}, kh, kw), got shape {W.shape}")
-    if x.shape[1] != W.shape[1] * groups:
-        raise ValueError(f"conv2d: x has {x.shape[1]} channels, but W takes {W.shape[1] * groups}")
-    return _windows("conv2d", x.shape[2:], W.shape[2:], **options)
+    shape = _CONV2D.shape("conv2d", shape)
+    return _conv_init("conv2d", key, shape, groups, kernel, moves, weights)
 
 
 @_CONV2D.forward
-def conv2d_forward(
-    params: Tree, x: Array, *, stride: Pair, padding: Sides, dilation: Pair, groups: int
-) -> tuple[Array, Array]:
+def conv2d_forward(params: Tree, x: Array, *, groups: int, moves: Tree) -> tuple[Array, Array]:
     """y[n, o, r, s] = b[o] + Σ over c, i, j of W[o, c, i, j] · x[n, c, r·stride + i·dilation, ...].
 
     x (N, C, H, W) with zeros around it, y (N, out, Ho, Wo). With groups, the channels of x and of
     y fall into so many equal parts, and each part of y sees only its part of x.
     """
-    W = params["W"]
-    windows = _conv2d_windows(x, W, groups, stride=stride, padding=padding, dilation=dilation)
-    Ho, Wo = windows.counts
-    y = np.empty((Ho, len(W), Wo, len(x)), x.dtype)
-    _correlate(_rows_first(x), W, windows, groups, y)
-    if "b" in params:
-        y += params["b"][:, None, None]
-    return _batch_first(y), x
+    return _conv_forward("conv2d", params, x, groups, moves), x
 
 
 @_CONV2D.backward()
 def conv2d_backward(
-    params: Tree,
-    cache: Array,
-    dy: Array,
-    *,
-    need_dx: bool = True,
-    stride: Pair,
-    padding: Sides,
-    dilation: Pair,
-    groups: int,
+    params: Tree, cache: Array, dy: Array, *, need_dx: bool = True, groups: int, moves: Tree
 ) -> tuple[Array | None, Tree]:
     """dW[o, c, i, j] = Σ dy[n, o, r, s] · x[n, c, r·stride + i·dilation, ...], db = Σ dy.
 
     dx is dy correlated with W rotated by 180 degrees.
     """
-    x, W = cache, params["W"]
-    windows = _conv2d_windows(x, W, groups, stride=stride, padding=padding, dilation=dilation)
-    dy = _gradient("conv2d", dy, (len(x), len(W), *windows.counts), x.dtype)
-    rows, drows = _rows_first(x), _rows_first(dy)
-    grads = {"W": _correlate_kernel(rows, drows, W.shape, windows, groups)}
-    if "b" in params:
-        grads["b"] = _channel_sums(dy)
-    if not need_dx:
-        return None, grads
-    return _batch_first(_correlate_transposed(drows, W, rows.shape, windows, groups)), grads
+    return _conv_backward("conv2d", params, cache, dy, need_dx, groups, moves)
 
 
 @_constructor
@@ -1970,31 +2187,187 @@ def conv2d(
     finds these from the shape alone.
     """
     weights = _weight_options("conv2d", out, init, bias)
-    groups = _whole("conv2d", "groups", groups, 1)
-    if out % groups:
-        raise ValueError(f"conv2d: {groups} groups do not divide the {out} channels of y")
-    size = _pair("conv2d", "kernel", kernel, 1)
-    strides = _pair("conv2d", "stride", stride, 1)
-    dilations = _pair("conv2d", "dilation", dilation, 1)
-    if isinstance(padding, str):
-        if padding != "same":
-            raise ValueError(f"conv2d: padding must be numbers or 'same', got {padding!r}")
-        if strides != (1, 1):
-            raise ValueError(f"conv2d: padding 'same' goes with stride 1, got {stride}")
-        missing = [d * (taps - 1) for d, taps in zip(dilations, size, strict=True)]
-        sides = [(pixels // 2, pixels - pixels // 2) for pixels in missing]
-    else:
-        sides = [(pixels, pixels) for pixels in _pair("conv2d", "padding", padding, 0)]
-    options: dict[str, Any] = {
-        "stride": strides,
-        "padding": tuple(sides),
-        "dilation": dilations,
-        "groups": groups,
-    }
+    size, moves = _moves("conv2d", 2, kernel, stride, padding, dilation)
+    options: Tree = {"groups": _out_groups("conv2d", groups, out), "moves": moves}
     return Layer(
-        partial(conv2d_init, kernel=size, **weights, **options),
+        partial(conv2d_init, kernel=size, **options, **weights),
         partial(conv2d_forward, **options),
         partial(conv2d_backward, **options),
+    )
+
+
+_CONV1D = _Form("N C T", y="", W="out in k", b_="out")
+
+
+def conv1d_init(
+    key: Key, shape: Shape, *, groups: int, kernel: Shape, moves: Tree, **weights: Any
+) -> tuple[Tree, Shape]:
+    """W (out, C/groups, k) from `init`, b (out,) of zeros; (C, T) becomes (out, To) as `conv2d`."""
+    shape = _CONV1D.shape("conv1d", shape)
+    return _conv_init("conv1d", key, shape, groups, kernel, moves, weights)
+
+
+@_CONV1D.forward
+def conv1d_forward(params: Tree, x: Array, *, groups: int, moves: Tree) -> tuple[Array, Array]:
+    """y[n, o, t] = b[o] + Σ over c, i of W[o, c, i] · x[n, c, t·stride + i·dilation - padding]."""
+    return _conv_forward("conv1d", params, x, groups, moves), x
+
+
+@_CONV1D.backward()
+def conv1d_backward(
+    params: Tree, cache: Array, dy: Array, *, need_dx: bool = True, groups: int, moves: Tree
+) -> tuple[Array | None, Tree]:
+    """As `conv2d_backward`, along one axis."""
+    return _conv_backward("conv1d", params, cache, dy, need_dx, groups, moves)
+
+
+@_constructor
+def conv1d(
+    out: int,
+    kernel: int,
+    *,
+    stride: int = 1,
+    padding: int | Literal["same", "causal"] = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    init: Initializer = he_normal,
+    bias: bool = True,
+) -> Layer:
+    """Convolution along T of x (N, C, T), as PyTorch's Conv1d; options and errors of `conv2d`.
+
+    Padding "causal" puts dilation · (kernel - 1) zeros to the left, so that y never sees what comes
+    after it.
+    """
+    weights = _weight_options("conv1d", out, init, bias)
+    size, moves = _moves("conv1d", 1, kernel, stride, padding, dilation)
+    options: Tree = {"groups": _out_groups("conv1d", groups, out), "moves": moves}
+    return Layer(
+        partial(conv1d_init, kernel=size, **options, **weights),
+        partial(conv1d_forward, **options),
+        partial(conv1d_backward, **options),
+    )
+
+
+_CONV2D_TRANSPOSE = _Form(**_IMAGES, y="", W="C own kh kw", b_="out")
+
+
+def _transposed(
+    image: Shape, W: Shape, groups: int, extra: Pair, moves: Tree
+) -> tuple[Shape, _Windows]:
+    """(shape of a sample of y, how the convolution moves over it that has x as its result)."""
+    _check_groups("conv2d_transpose", groups, W[0], "x")
+    size = [
+        (length - 1) * stride - sum(sides) + dilation * (taps - 1) + 1 + more
+        for length, taps, more, stride, sides, dilation in zip(
+            image, W[2:], extra, moves["stride"], moves["padding"], moves["dilation"], strict=True
+        )
+    ]
+    if min(size) < 1:
+        raise ValueError(f"conv2d_transpose: y would have {size[0]} x {size[1]} pixels")
+    (above, _), (left, _) = moves["padding"]
+    windows = _Windows(
+        (W[2], W[3]), (image[0], image[1]), moves["stride"], (above, left), moves["dilation"]
+    )
+    return (W[1] * groups, *size), windows
+
+
+def conv2d_transpose_init(
+    key: Key,
+    shape: Shape,
+    *,
+    out: int,
+    kernel: Shape,
+    init: Initializer,
+    bias: bool,
+    groups: int,
+    output_padding: Pair,
+    moves: Tree,
+) -> tuple[Tree, Shape]:
+    """W (C, out/groups, kh, kw) from `init`, b (out,) of zeros; (C, H, W) becomes (out, Ho, Wo).
+
+    Ho = (H - 1) · stride - 2 · padding + dilation · (kh - 1) + output_padding + 1, and so Wo.
+    """
+    C, *image = _CONV2D_TRANSPOSE.shape("conv2d_transpose", shape)
+    W = (C, out // groups, *kernel)
+    y, _ = _transposed(tuple(image), W, groups, output_padding, moves)
+    return _weights("conv2d_transpose", key, init, W, out, bias), y
+
+
+@_CONV2D_TRANSPOSE.forward
+def conv2d_transpose_forward(
+    params: Tree, x: Array, *, groups: int, output_padding: Pair, moves: Tree
+) -> tuple[Array, Array]:
+    """y[n, o, r·stride + i·dilation - padding, ...] = b[o] + Σ W[c, o, i, j] · x[n, c, r, s].
+
+    Each pixel of x adds W, times its value, to a window of y: the adjoint of `conv2d_forward`.
+    """
+    W = params["W"]
+    (out, *image), windows = _transposed(x.shape[2:], W.shape, groups, output_padding, moves)
+    shape = (image[0], out, image[1], len(x))
+    y = _correlate_transposed(_rows_first(x), W, shape, windows, groups)
+    if "b" in params:
+        if len(params["b"]) != out:
+            raise ValueError(
+                f"conv2d_transpose: W has {out} outputs, but b takes {len(params['b'])}"
+            )
+        y += params["b"][:, None, None]
+    return _batch_first(y), x
+
+
+@_CONV2D_TRANSPOSE.backward()
+def conv2d_transpose_backward(
+    params: Tree, cache: Array, dy: Array, *, groups: int, output_padding: Pair, moves: Tree
+) -> tuple[Array, Tree]:
+    """dx is dy convolved with W, dW that of a convolution from y to x, db = Σ dy."""
+    x, W = cache, params["W"]
+    y, windows = _transposed(x.shape[2:], W.shape, groups, output_padding, moves)
+    drows = _rows_first(_gradient("conv2d_transpose", dy, (len(x), *y), x.dtype))
+    rows = _rows_first(x)
+    grads = {"W": _correlate_kernel(drows, rows, W.shape, windows, groups)}
+    if "b" in params:
+        grads["b"] = _channel_sums(dy)
+    dx = np.empty_like(rows)
+    _correlate(drows, W, windows, groups, dx)
+    return _batch_first(dx), grads
+
+
+@_constructor
+def conv2d_transpose(
+    out: int,
+    kernel: int | Pair,
+    *,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    output_padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    init: Initializer = he_normal,
+    bias: bool = True,
+) -> Layer:
+    """Transposed convolution with `out` channels, as PyTorch's ConvTranspose2d.
+
+    It has the shapes of a `conv2d` with these options the other way round; `output_padding`, less
+    than stride or dilation, adds pixels below and to the right, as one shape comes from several.
+    ValueError for a y without pixels and the errors of `conv2d`.
+    """
+    where = "conv2d_transpose"
+    weights = _weight_options(where, out, init, bias)
+    size, moves = _moves(where, 2, kernel, stride, padding, dilation)
+    extra = _pair(where, "output_padding", output_padding, 0)
+    limits = [max(pair) for pair in zip(moves["stride"], moves["dilation"], strict=True)]
+    if extra[0] >= limits[0] or extra[1] >= limits[1]:
+        raise ValueError(
+            f"{where}: output_padding must be less than stride or dilation, got {extra}"
+        )
+    options: Tree = {
+        "groups": _out_groups(where, groups, out),
+        "output_padding": extra,
+        "moves": moves,
+    }
+    return Layer(
+        partial(conv2d_transpose_init, kernel=size, **options, **weights),
+        partial(conv2d_transpose_forward, **options),
+        partial(conv2d_transpose_backward, **options),
     )
 
 
@@ -2040,14 +2413,6 @@ def _to_largest(rows: Array, y: Array, dy: Array, windows: _Windows, axis: int) 
     return dx
 
 
-def pool2d_init(
-    key: Key, shape: Shape, *, where: str, size: Pair, **options: Any
-) -> tuple[Tree, Shape]:
-    """No params; (C, H, W) becomes (C, Ho, Wo), Ho = (H + 2 · padding - size) // stride + 1."""
-    C, *image = _POOLED.shape(where, shape)
-    return {}, (C, *_windows(where, tuple(image), size, **options).counts)
-
-
 def _pool2d(
     where: str,
     forward: Callable[..., Any],
@@ -2065,12 +2430,7 @@ def _pool2d(
             f"{where}: padding must be at most half of the window {size}, got {(down, across)}"
         )
     sides = (down, down), (across, across)
-    options: dict[str, Any] = {"size": size, "stride": stride, "padding": sides}
-    return Layer(
-        partial(pool2d_init, where=where, **options),
-        partial(forward, **options),
-        partial(backward, **options),
-    )
+    return _without_params(forward, backward, size=size, stride=stride, padding=sides)
 
 
 @_POOLED.forward
@@ -2162,11 +2522,6 @@ def avg_pool2d(
 _GLOBAL_AVG_POOL2D = _Form(**_IMAGES, y="N C")
 
 
-def global_avg_pool2d_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
-    """No params; (C, H, W) becomes (C,)."""
-    return {}, _GLOBAL_AVG_POOL2D.shape("global_avg_pool2d", shape)[:1]
-
-
 @_GLOBAL_AVG_POOL2D.forward
 def global_avg_pool2d_forward(params: Tree, x: Array) -> tuple[Array, Array]:
     """y (N, C) = the mean of x (N, C, H, W) over H and W."""
@@ -2184,12 +2539,39 @@ def global_avg_pool2d_backward(params: Tree, cache: Array, dy: Array) -> tuple[A
 @_constructor
 def global_avg_pool2d() -> Layer:
     """The mean of each channel, (N, C, H, W) -> (N, C) (Lin et al. 2014)."""
-    return Layer(global_avg_pool2d_init, global_avg_pool2d_forward, global_avg_pool2d_backward)
+    return _without_params(global_avg_pool2d_forward, global_avg_pool2d_backward)
+
+
+@_POOLED.forward
+def upsample2d_forward(params: Tree, x: Array, *, factor: Pair) -> tuple[Array, Array]:
+    """y[n, c, r, s] = x[n, c, r // factor, s // factor], for x (N, C, H, W)."""
+    return _batch_first(_rows_first(x).repeat(factor[1], axis=2).repeat(factor[0], axis=0)), x
+
+
+@_POOLED.backward()
+def upsample2d_backward(
+    params: Tree, cache: Array, dy: Array, *, factor: Pair
+) -> tuple[Array, Tree]:
+    """dx = the sum of dy over the copies of each pixel."""
+    (N, C, H, W), (down, across) = cache.shape, factor
+    drows = _rows_first(_gradient("upsample2d", dy, (N, C, H * down, W * across), cache.dtype))
+    dx: Any = sum(drows[i::down, :, j::across] for i in range(down) for j in range(across))
+    return _batch_first(dx), {}
+
+
+@_constructor
+def upsample2d(factor: int | Pair) -> Layer:
+    """Each pixel `factor` times down and across, a number or a pair; PyTorch's nearest Upsample."""
+    pair = _pair("upsample2d", "factor", factor, 1)
+    return _without_params(upsample2d_forward, upsample2d_backward, factor=pair)
 
 
 # ------------------------------------------------------------------------------------------------
 # Combinators: layers made of layers
 # ------------------------------------------------------------------------------------------------
+
+
+_Layers = dict[str, LayerLike]
 
 
 def _check_layer(
@@ -2200,6 +2582,26 @@ def _check_layer(
             raise TypeError(
                 f"{where}: {name} must be a layer, but {_kind(layer)} has no {function}"
             )
+
+
+def _named(where: str, layers: Sequence[LayerLike], named_layers: _Layers) -> _Layers:
+    """{name: layer}; those without a name are called by their position."""
+    children = {str(position): layer for position, layer in enumerate(layers)}
+    for name, layer in named_layers.items():
+        if name in children or name in ("", "key", "statistics") or "/" in name:
+            raise ValueError(f"{where}: a layer cannot be called {name!r}")
+        children[name] = layer
+    if not children and where != "sequential":
+        raise ValueError(f"{where}: expected at least one layer")
+    for name, layer in children.items():
+        _check_layer(where, name, layer)
+    return children
+
+
+def _combinator(*functions: Callable[..., Any], **options: Any) -> Layer:
+    """A layer whose functions take these options, its children among them."""
+    init, forward, backward = (partial(function, **options) for function in functions)
+    return Layer(init, forward, backward)
 
 
 _RETURNS = {"init": "(params, shape)", "forward": "(y, cache)", "backward": "(dx, grads)"}
@@ -2224,10 +2626,10 @@ def _call_child(
         raise type(error)(f"{name}: {error}") from error
 
 
-def _children(where: str, params: Tree, layers: dict[str, LayerLike]) -> Tree:
+def _children(where: str, params: Tree, layers: _Layers) -> Tree:
     """{name: params} of the children; while training, with a key each, folded from the parent's."""
     if isinstance(params, dict) and params.keys() <= layers.keys():
-        return params
+        return {name: params.get(name, {}) for name in layers}
     _check_names(where, params, layers)
     parent = _key_array(params["key"])
     keys = np.empty((len(layers), len(parent) + 1), np.uint32)
@@ -2240,12 +2642,12 @@ def _children(where: str, params: Tree, layers: dict[str, LayerLike]) -> Tree:
     return children
 
 
-def _check_cache(where: str, cache: Any, layers: dict[str, LayerLike]) -> None:
-    if not isinstance(cache, dict) or cache.keys() != layers.keys():
-        raise ValueError(f"{where}: cache has {_names(cache)}, expected {sorted(layers)}")
+def _check_entries(where: str, what: str, tree: Any, names: Iterable[str]) -> None:
+    if not isinstance(tree, dict) or tree.keys() != set(names):
+        raise ValueError(f"{where}: {what} has {_names(tree)}, expected {sorted(names)}")
 
 
-def _without_dx(backward: Any, params: Tree, cache: Any, dy: Array) -> tuple[Any, Tree]:
+def _without_dx(backward: Any, params: Tree, cache: Any, dy: Data) -> tuple[Any, Tree]:
     """(dx or None, grads): `backward` is told need_dx=False if it takes that, see `Layer`."""
     try:
         return backward(params, cache, dy, need_dx=False)
@@ -2255,7 +2657,7 @@ def _without_dx(backward: Any, params: Tree, cache: Any, dy: Array) -> tuple[Any
     return backward(params, cache, dy)
 
 
-def sequential_init(key: Key, shape: Shape, *, layers: dict[str, LayerLike]) -> tuple[Tree, Shape]:
+def sequential_init(key: Key, shape: Shapes, *, layers: _Layers) -> tuple[Tree, Shapes]:
     """{name: params} of the layers that have any, each from its own key, and the last shape."""
     params: Tree = {}
     for index, (name, layer) in enumerate(layers.items()):
@@ -2266,29 +2668,22 @@ def sequential_init(key: Key, shape: Shape, *, layers: dict[str, LayerLike]) -> 
 
 
 @_quiet
-def sequential_forward(
-    params: Tree, x: Array, *, layers: dict[str, LayerLike]
-) -> tuple[Array, Tree]:
+def sequential_forward(params: Tree, x: Data, *, layers: _Layers) -> tuple[Data, Tree]:
     """x through every layer in turn; the cache is {name: cache}."""
     children = _children("sequential", params, layers)
     cache = {}
     for name, layer in layers.items():
-        x, cache[name] = _call_child(name, "forward", layer.forward, children.get(name, {}), x)
+        x, cache[name] = _call_child(name, "forward", layer.forward, children[name], x)
     return x, cache
 
 
 @_quiet
 def sequential_backward(
-    params: Tree,
-    cache: Tree,
-    dy: Array,
-    *,
-    need_dx: bool = True,
-    layers: dict[str, LayerLike],
-) -> tuple[Array | None, Tree]:
+    params: Tree, cache: Tree, dy: Data, *, need_dx: bool = True, layers: _Layers
+) -> tuple[Data, Tree]:
     """dy through every layer in reverse; grads are {name: grads} of the layers that have any."""
     _check_names("sequential", params, layers)
-    _check_cache("sequential", cache, layers)
+    _check_entries("sequential", "cache", cache, layers)
     names = list(layers)
     while not need_dx and names and names[0] not in params:
         del names[0]  # before the first params there is nothing to compute but dx
@@ -2311,77 +2706,181 @@ def sequential(*layers: LayerLike, **named_layers: LayerLike) -> Layer:
     `sequential(hidden=linear(256), act=relu(), out=linear(10))`. ValueError for the names "key" and
     "statistics", an empty one or one with "/" in it; TypeError for what is not a layer.
     """
-    children = {str(position): layer for position, layer in enumerate(layers)}
-    for name, layer in named_layers.items():
-        if name in children or name in ("", "key", "statistics") or "/" in name:
-            raise ValueError(f"sequential: a layer cannot be called {name!r}")
-        children[name] = layer
-    for name, layer in children.items():
-        _check_layer("sequential", name, layer)
-    return Layer(
-        partial(sequential_init, layers=children),
-        partial(sequential_forward, layers=children),
-        partial(sequential_backward, layers=children),
-    )
+    named = _named("sequential", layers, named_layers)
+    return _combinator(sequential_init, sequential_forward, sequential_backward, layers=named)
 
 
-def _check_same(branch: Shape, shortcut: Shape) -> None:
+# --- branches side by side: `heads` keeps their outputs apart, the others join them ---
+
+
+def _init_each(where: str, key: Key, shapes: Tree, layers: _Layers) -> tuple[Tree, Tree]:
+    """{name: params} of the branches that have any, and {name: output shape}."""
+    _check_entries(where, "shape", shapes, layers)
+    params, out = {}, {}
+    for index, (name, layer) in enumerate(layers.items()):
+        own, out[name] = _call_child(name, "init", layer.init, fold_key(key, index), shapes[name])
+        if own:
+            params[name] = own
+    return params, out
+
+
+def _forward_each(where: str, params: Tree, x: Tree, layers: _Layers) -> tuple[Tree, Tree]:
+    """{name: y} and {name: cache} of branches that take {name: x}."""
+    _check_entries(where, "x", x, layers)
+    children, y, cache = _children(where, params, layers), {}, {}
+    for name, layer in layers.items():
+        y[name], cache[name] = _call_child(name, "forward", layer.forward, children[name], x[name])
+    return y, cache
+
+
+def _backward_each(
+    where: str, params: Tree, cache: Tree, dy: Tree, need_dx: bool, layers: _Layers
+) -> tuple[Tree, Tree]:
+    """{name: dx} and {name: grads}; no dx at all if it is not needed."""
+    _check_names(where, params, layers)
+    _check_entries(where, "cache", cache, layers)
+    _check_entries(where, "dy", dy, layers)
+    dx, grads = {}, {}
+    for name, layer in layers.items():
+        backward = layer.backward if need_dx else partial(_without_dx, layer.backward)
+        arguments = params.get(name, {}), cache[name], dy[name]
+        dx[name], own = _call_child(name, "backward", backward, *arguments)
+        if own:
+            grads[name] = own
+    return (dx if need_dx else {}), grads
+
+
+def _sum(one: Data, other: Data) -> Data:
+    """The sum of two dx of the same x; None, the dx of whole numbers, counts as zero."""
+    if one is None or other is None:
+        return other if one is None else one
+    if isinstance(one, dict):
+        return {name: _sum(one.get(name), other.get(name)) for name in one | other}
+    return one + other
+
+
+def heads_init(key: Key, shape: Shapes, *, layers: _Layers) -> tuple[Tree, Tree]:
+    """{name: params} of the heads that have any, and {name: output shape}."""
+    return _init_each("heads", key, dict.fromkeys(layers, shape), layers)
+
+
+@_quiet
+def heads_forward(params: Tree, x: Data, *, layers: _Layers) -> tuple[Tree, Tree]:
+    """y = {name: y of the head}, all of the same x; the cache is {name: cache}."""
+    return _forward_each("heads", params, dict.fromkeys(layers, x), layers)
+
+
+@_quiet
+def heads_backward(
+    params: Tree, cache: Tree, dy: Tree, *, need_dx: bool = True, layers: _Layers
+) -> tuple[Data, Tree]:
+    """dx = the sum of the dx of all heads, for dy = {name: dy}."""
+    dx, grads = _backward_each("heads", params, cache, dy, need_dx, layers)
+    return reduce(_sum, dx.values(), None), grads
+
+
+@_constructor
+def heads(**named: LayerLike) -> Layer:
+    """Several outputs of one input: y = {name: y}, and dy is a dict of the same names.
+
+    `sequential(body, heads(digit=linear(10), angle=linear(1)))`. Its loss is a function of your
+    own that takes such dicts: (prediction, target) -> (loss, {name: dprediction}).
+    """
+    return _combinator(heads_init, heads_forward, heads_backward, layers=_named("heads", (), named))
+
+
+def _check_same(branch: Shapes, shortcut: Shapes) -> None:
     if branch != shortcut:
         raise ValueError(f"residual: the branch gives {branch}, but the shortcut {shortcut}")
 
 
-def residual_init(key: Key, shape: Shape, *, layers: dict[str, LayerLike]) -> tuple[Tree, Shape]:
+def residual_init(key: Key, shape: Shapes, *, layers: _Layers) -> tuple[Tree, Shapes]:
     """{"branch": params, "shortcut": params}, without the one that has none."""
-    params, shapes = {}, {}
-    for index, (name, layer) in enumerate(layers.items()):
-        own, shapes[name] = _call_child(name, "init", layer.init, fold_key(key, index), shape)
-        if own:
-            params[name] = own
-    _check_same(*shapes.values())
+    params, shapes = _init_each("residual", key, dict.fromkeys(layers, shape), layers)
+    _check_same(**shapes)
     return params, shapes["branch"]
 
 
 @_quiet
-def residual_forward(params: Tree, x: Array, *, layers: dict[str, LayerLike]) -> tuple[Array, Tree]:
+def residual_forward(params: Tree, x: Data, *, layers: _Layers) -> tuple[Data, Tree]:
     """y = branch(x) + shortcut(x)."""
-    children = _children("residual", params, layers)
-    y, cache = {}, {}
-    for name, layer in layers.items():
-        y[name], cache[name] = _call_child(
-            name, "forward", layer.forward, children.get(name, {}), x
-        )
-    _check_same(y["branch"].shape, y["shortcut"].shape)
-    return y["branch"] + y["shortcut"], cache
+    y, cache = _forward_each("residual", params, dict.fromkeys(layers, x), layers)
+    _check_same(**tree_map(np.shape, y))
+    return _sum(y["branch"], y["shortcut"]), cache
 
 
 @_quiet
 def residual_backward(
-    params: Tree, cache: Tree, dy: Array, *, layers: dict[str, LayerLike]
-) -> tuple[Array, Tree]:
+    params: Tree, cache: Tree, dy: Data, *, need_dx: bool = True, layers: _Layers
+) -> tuple[Data, Tree]:
     """dx = dx of the branch + dx of the shortcut."""
-    _check_names("residual", params, layers)
-    _check_cache("residual", cache, layers)
-    dx, grads = {}, {}
-    for name, layer in layers.items():
-        dx[name], own = _call_child(
-            name, "backward", layer.backward, params.get(name, {}), cache[name], dy
-        )
-        if own:
-            grads[name] = own
-    return dx["branch"] + dx["shortcut"], grads
+    both = dict.fromkeys(layers, dy)
+    dx, grads = _backward_each("residual", params, cache, both, need_dx, layers)
+    return reduce(_sum, dx.values(), None), grads
 
 
 @_constructor
 def residual(branch: LayerLike, shortcut: LayerLike = identity()) -> Layer:
     """y = branch(x) + shortcut(x) (He et al. 2016). Both must give the same shape."""
-    layers = {"branch": branch, "shortcut": shortcut}
-    for name, layer in layers.items():
-        _check_layer("residual", name, layer)
-    return Layer(
-        partial(residual_init, layers=layers),
-        partial(residual_forward, layers=layers),
-        partial(residual_backward, layers=layers),
-    )
+    layers = _named("residual", (), {"branch": branch, "shortcut": shortcut})
+    return _combinator(residual_init, residual_forward, residual_backward, layers=layers)
+
+
+def _joined(shapes: Tree, axis: int) -> tuple[tuple[Any, ...], Array]:
+    """The shape of outputs side by side along `axis`, from theirs with the batch; their ends."""
+    first = next(iter(shapes.values()))
+    for shape in shapes.values():
+        fits = isinstance(shape, tuple) and -len(shape) < axis < len(shape)
+        if not fits or shape[:axis] + shape[axis:][1:] != first[:axis] + first[axis:][1:]:
+            raise ValueError(f"concatenate: outputs do not fit along axis {axis}: {shapes}")
+    ends = np.cumsum([shape[axis] for shape in shapes.values()])
+    return (*first[:axis], int(ends[-1]), *first[axis:][1:]), ends
+
+
+def concatenate_init(key: Key, shape: Shapes, *, layers: _Layers, axis: int) -> tuple[Tree, Shape]:
+    """{name: params} of the branches that have any; shape is one for all, or {name: shape}."""
+    shapes = shape if isinstance(shape, dict) else dict.fromkeys(layers, shape)
+    params, shapes = _init_each("concatenate", key, shapes, layers)
+    shapes = {name: ("N", *own) if type(own) is tuple else own for name, own in shapes.items()}
+    return params, _joined(shapes, axis)[0][1:]
+
+
+@_quiet
+def concatenate_forward(params: Tree, x: Data, *, layers: _Layers, axis: int) -> tuple[Array, Tree]:
+    """y = the outputs of all branches side by side; x is one array for all, or {name: x}."""
+    inputs = x if isinstance(x, dict) else dict.fromkeys(layers, x)
+    y, cache = _forward_each("concatenate", params, inputs, layers)
+    shape, ends = _joined(tree_map(np.shape, y), axis)
+    own = {"shape": np.array(shape), "ends": ends, "split": np.array(isinstance(x, dict))}
+    return np.concatenate(list(y.values()), axis), {**cache, "axis": own}  # no child's name
+
+
+@_quiet
+def concatenate_backward(
+    params: Tree, cache: Tree, dy: Array, *, need_dx: bool = True, layers: _Layers, axis: int
+) -> tuple[Data, Tree]:
+    """dx = the sum of the dx of all branches, each for its part of dy; {name: dx} for a dict x."""
+    _check_entries("concatenate", "cache", cache, [*layers, "axis"])
+    own, caches = cache["axis"], {name: cache[name] for name in layers}
+    _check_array("concatenate", "dy", dy)
+    dy = _gradient("concatenate", dy, tuple(own["shape"].tolist()), dy.dtype)
+    parts = dict(zip(layers, np.split(dy, own["ends"][:-1], axis), strict=True))
+    dx, grads = _backward_each("concatenate", params, caches, parts, need_dx, layers)
+    return (dx if own["split"] else reduce(_sum, dx.values(), None)), grads
+
+
+@_constructor
+def concatenate(*branches: LayerLike, axis: int = 1, **named: LayerLike) -> Layer:
+    """The outputs of all branches side by side along `axis`; the batch is axis 0.
+
+    x is one array that goes to all branches, or a dict with an entry for each (several inputs):
+    `concatenate(image=convolutions, size=linear(8))`. Branches are named as in `sequential`.
+    ValueError for axis 0, without a branch, and for shapes that differ but along the axis.
+    """
+    if _whole("concatenate", "axis", axis, -64) == 0:
+        raise ValueError("concatenate: axis must not be 0, the batch")
+    functions = concatenate_init, concatenate_forward, concatenate_backward
+    return _combinator(*functions, layers=_named("concatenate", branches, named), axis=axis)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2389,23 +2888,25 @@ def residual(branch: LayerLike, shortcut: LayerLike = identity()) -> Layer:
 # ------------------------------------------------------------------------------------------------
 
 
-def _check_prediction(where: str, name: str, prediction: Any, axes: int | None = None) -> None:
+def _check_prediction(where: str, name: str, prediction: Any, classes: bool = False) -> None:
     _check_array(where, name, prediction)
     if prediction.size == 0:
         raise ValueError(f"{where}: {name} must not be empty, got shape {prediction.shape}")
-    if axes is not None and prediction.ndim != axes:
-        hint = "; put flatten() before the last layer" if prediction.ndim == 4 else ""
-        raise ValueError(
-            f"{where}: {name} must be (N, classes), got shape {prediction.shape}{hint}"
-        )
+    if classes and prediction.ndim < 2:
+        raise ValueError(f"{where}: {name} must be (N, ..., classes), got shape {prediction.shape}")
 
 
-def _check_labels(where: str, labels: Any, count: int, classes: int) -> None:
-    """Refuse what is not one class number for each of `count` samples."""
+def _check_labels(where: str, labels: Any, prediction: Array) -> None:
+    """Refuse what is not one class number for each position of a prediction (N, ..., K)."""
+    *shape, classes = prediction.shape
     if not _is_array(labels):
         raise TypeError(f"{where}: labels must be a NumPy array, got {_kind(labels)}")
-    if labels.shape != (count,):
-        raise ValueError(f"{where}: labels must have shape ({count},), got {labels.shape}")
+    if labels.shape != tuple(shape):
+        flat = labels.ndim == 1 < len(shape)
+        hint = "; for one label per sample put flatten() before the last layer" if flat else ""
+        raise ValueError(
+            f"{where}: labels must have shape {tuple(shape)}, got {labels.shape}{hint}"
+        )
     if labels.dtype.kind not in "iu":
         raise ValueError(f"{where}: labels must be whole numbers (integers), got {labels.dtype}")
     if labels.min() < 0 or labels.max() >= classes:
@@ -2419,64 +2920,92 @@ def _two_shapes(where: str, target: Array, prediction: Array) -> str:
 
 
 def _probabilities(where: str, target: Any, prediction: Array) -> tuple[Array, Array | float]:
-    """Class numbers (N,) or probabilities (N, K) as a new array (N, K), and its row sums."""
-    if _is_array(target) and target.ndim == 2:
+    """Class numbers (N, ...) or probabilities (N, ..., K) as a new array, and its sums over K."""
+    if _is_array(target) and target.ndim == prediction.ndim:
         if target.shape != prediction.shape:
             raise ValueError(_two_shapes(where, target, prediction))
         if target.dtype.kind not in "biuf" or not (target.min() >= 0 and target.max() <= 1):
             raise ValueError(f"{where}: target probabilities must be numbers from 0 to 1")
         probabilities = target.astype(prediction.dtype)
-        return probabilities, probabilities.sum(axis=1, keepdims=True)
-    count, classes = prediction.shape
-    _check_labels(where, target, count, classes)
+        return probabilities, probabilities.sum(axis=-1, keepdims=True)
+    _check_labels(where, target, prediction)
     probabilities = np.zeros(prediction.shape, prediction.dtype)
-    probabilities[np.arange(count), target] = 1
+    probabilities.reshape(target.size, -1)[np.arange(target.size), target.ravel()] = 1
     return probabilities, 1.0
+
+
+_Value = tuple[float, Array]  # a loss and its gradient
+
+
+def _mean(where: str, losses: Array, gradient: Array, weights: Any) -> _Value:
+    """The mean of the losses of all positions, and its gradient, given that of their sum.
+
+    With weights it is Σ w·l / Σ w; where w is 0, l may be anything. The gradient is written to.
+    """
+    if weights is None:
+        gradient *= 1 / losses.size
+        return float(losses.sum()) / losses.size, gradient
+    _check_numbers(where, "weights", weights)
+    shape, full = weights.shape, losses.shape
+    if not shape or shape != full[: len(shape)]:
+        raise ValueError(f"{where}: weights have shape {shape}, expected {full} or its first axes")
+    w = weights.astype(np.float64)
+    if not (w.min() >= 0 and 0 < w.max() < math.inf):
+        raise ValueError(f"{where}: weights must be finite, not negative and not all 0")
+    w /= w.max()  # so that their sum is finite
+    w *= w.size / (w.sum() * losses.size)
+    w = w.astype(losses.dtype).reshape(w.shape + (1,) * (gradient.ndim - w.ndim))
+    gradient *= w
+    np.copyto(gradient, 0, where=w == 0)
+    w = w.reshape(w.shape[: losses.ndim])
+    return float(np.sum(losses * w, where=w > 0)), gradient
 
 
 @_quiet
 def softmax_cross_entropy(
-    logits: Array, target: Array, smoothing: float = 0.0
-) -> tuple[float, Array]:
-    """-Σ t log softmax(logits), the mean over the batch; its gradient (softmax · Σt - t) / N.
+    logits: Array, target: Array, smoothing: float = 0.0, weights: Weights = None
+) -> _Value:
+    """-Σ t log softmax(logits), the mean over all positions; its gradient (softmax · Σt - t) / N.
 
-    logits (N, K); target: class numbers (N,) or probabilities (N, K). With `smoothing` s in
-    [0, 1), t becomes (1 - s) t + s/K (Szegedy et al. 2016, as PyTorch's label_smoothing).
-    ValueError for shapes that do not fit, labels out of range or an empty batch.
+    logits (N, ..., K); target: class numbers (N, ...) or probabilities (N, ..., K). With
+    `smoothing` s in [0, 1), t becomes (1 - s) t + s/K (Szegedy et al. 2016, as PyTorch's
+    label_smoothing). `weights` w, here and in all losses, are numbers >= 0 for the positions
+    (N, ...) or the first of these axes, as (N,). The mean of the losses l is then Σ w·l / Σ w, as
+    PyTorch's with class weights: `weights=class_weights[labels]`; a 0 leaves out padding.
+    ValueError for shapes that do not fit, labels out of range, an empty batch or no such weights.
     """
     where = "softmax_cross_entropy"
-    _check_prediction(where, "logits", logits, axes=2)
+    _check_prediction(where, "logits", logits, classes=True)
     smoothing = _number(where, "smoothing", smoothing, minimum=0, below=1)
     t, sums = _probabilities(where, target, logits)
     if smoothing:
         t *= 1 - smoothing
-        t += smoothing / logits.shape[1]
+        t += smoothing / logits.shape[-1]
         sums = sums * (1 - smoothing) + smoothing
-    shifted = logits - logits.max(axis=1, keepdims=True)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
     gradient = np.exp(shifted)
-    total = gradient.sum(axis=1, keepdims=True)
+    total = gradient.sum(axis=-1, keepdims=True)
     shifted -= np.log(total)
-    loss = -float(np.vdot(t, shifted)) / len(t)
-    if math.isnan(loss):  # 0 · -inf, perhaps, where logits differ by more than the dtype's range
+    losses = -np.einsum("...k,...k->...", t, shifted)
+    if np.isnan(losses).any():  # 0 · -inf, perhaps: logits differ by more than the dtype's range
         shifted[t == 0] = 0
-        loss = -float(np.vdot(t, shifted)) / len(t)
+        losses = -np.einsum("...k,...k->...", t, shifted)
     gradient *= sums / total
     gradient -= t
-    gradient *= 1 / len(t)
-    return loss, gradient
+    return _mean(where, losses, gradient, weights)
 
 
 @_quiet
-def cross_entropy(probabilities: Array, target: Array) -> tuple[float, Array]:
-    """-Σ t log p, the mean over the batch; its gradient -t / p / N.
+def cross_entropy(probabilities: Array, target: Array, weights: Weights = None) -> _Value:
+    """-Σ t log p, the mean over all positions; its gradient -t / p / N.
 
-    probabilities p (N, K), as `softmax` gives them; target: class numbers (N,) or probabilities
-    (N, K). p is clipped from below at the smallest normal number, so that log 0 is never met.
-    Training is more accurate with `softmax_cross_entropy` on logits.
-    ValueError for shapes that do not fit, labels out of range or an empty batch.
+    probabilities p (N, ..., K), as `softmax` gives them; target: class numbers (N, ...) or
+    probabilities (N, ..., K). p is clipped from below at the smallest normal number, so that log 0
+    is never met. Training is more accurate with `softmax_cross_entropy` on logits, where `weights`
+    are explained. ValueError for shapes that do not fit, labels out of range or an empty batch.
     """
     where = "cross_entropy"
-    _check_prediction(where, "probabilities", probabilities, axes=2)
+    _check_prediction(where, "probabilities", probabilities, classes=True)
     tolerance = 1e-3  # rounding, and the steps of a gradient check
     if not (probabilities.min() >= -tolerance and probabilities.max() <= 1 + tolerance):
         raise ValueError(
@@ -2484,32 +3013,28 @@ def cross_entropy(probabilities: Array, target: Array) -> tuple[float, Array]:
         )
     t, _ = _probabilities(where, target, probabilities)
     p = np.maximum(probabilities, np.finfo(probabilities.dtype).tiny)
-    loss = -float(np.vdot(t, np.log(p))) / len(t)
-    t /= p
-    t *= -1 / len(t)
-    return loss, t
+    losses = -np.einsum("...k,...k->...", t, np.log(p))
+    return _mean(where, losses, np.divide(t, -p, out=t), weights)
 
 
 @_quiet
-def hinge(scores: Array, target: Array, margin: float = 1.0) -> tuple[float, Array]:
-    """Σ max(0, s_j - s_y + margin) over the wrong classes j, the mean over the batch.
+def hinge(scores: Array, target: Array, margin: float = 1.0, weights: Weights = None) -> _Value:
+    """Σ max(0, s_j - s_y + margin) over the wrong classes j, the mean over all positions.
 
-    scores (N, K), target: class numbers y (N,) (Weston and Watkins 1999, as CS231n).
+    scores (N, ..., K), target: class numbers y (N, ...) (Weston and Watkins 1999, as CS231n);
+    `weights` as in `softmax_cross_entropy`.
     ValueError for shapes that do not fit, labels out of range or an empty batch.
     """
-    _check_prediction("hinge", "scores", scores, axes=2)
+    _check_prediction("hinge", "scores", scores, classes=True)
     margin = _number("hinge", "margin", margin, minimum=0, below=math.inf)
-    count, classes = scores.shape
-    _check_labels("hinge", target, count, classes)
-    samples = np.arange(count)
-    excess = scores - scores[samples, target][:, None] + margin
-    excess[samples, target] = 0
+    _check_labels("hinge", target, scores)
+    right = target[..., None]
+    excess = scores - np.take_along_axis(scores, right, axis=-1) + margin
+    np.put_along_axis(excess, right, 0, axis=-1)
     np.maximum(excess, 0, out=excess)
     gradient = (excess > 0).astype(scores.dtype)
-    loss = float(excess.sum()) / count
-    gradient[samples, target] = -gradient.sum(axis=1)
-    gradient *= 1 / count
-    return loss, gradient
+    np.put_along_axis(gradient, right, -gradient.sum(axis=-1, keepdims=True), axis=-1)
+    return _mean("hinge", excess.sum(axis=-1), gradient, weights)
 
 
 def _elementwise_target(where: str, prediction: Any, target: Any) -> Array:
@@ -2522,51 +3047,52 @@ def _elementwise_target(where: str, prediction: Any, target: Any) -> Array:
 
 
 @_quiet
-def binary_cross_entropy(logits: Array, target: Array) -> tuple[float, Array]:
+def binary_cross_entropy(logits: Array, target: Array, weights: Weights = None) -> _Value:
     """-(t log σ(z) + (1 - t) log(1 - σ(z))), the mean over all elements; gradient (σ(z) - t)/size.
 
-    logits z and target t in [0, 1] of the same shape (as PyTorch's BCEWithLogitsLoss). ValueError
-    for shapes that differ or are empty, and a target out of range.
+    logits z and target t in [0, 1] of the same shape (as PyTorch's BCEWithLogitsLoss); `weights` as
+    in `softmax_cross_entropy`, up to the full shape. ValueError for shapes that differ or are
+    empty, and a target out of range.
     """
     t = _elementwise_target("binary_cross_entropy", logits, target)
     if not (t.min() >= 0 and t.max() <= 1):
         raise ValueError("binary_cross_entropy: target must be from 0 to 1")
     losses = np.maximum(logits, 0) - logits * t + np.log1p(np.exp(-np.abs(logits)))
-    return float(losses.mean()), (_sigmoid(logits) - t) / t.size
+    return _mean("binary_cross_entropy", losses, _sigmoid(logits) - t, weights)
 
 
 @_quiet
-def mean_squared_error(prediction: Array, target: Array) -> tuple[float, Array]:
+def mean_squared_error(prediction: Array, target: Array, weights: Weights = None) -> _Value:
     """(p - t)², the mean over all elements; gradient 2 (p - t) / size.
 
-    ValueError for shapes that differ or are empty.
+    `weights` as in `binary_cross_entropy`. ValueError for shapes that differ or are empty.
     """
     difference = prediction - _elementwise_target("mean_squared_error", prediction, target)
-    return float(np.square(difference).mean()), difference * (2 / difference.size)
+    return _mean("mean_squared_error", np.square(difference), 2 * difference, weights)
 
 
 @_quiet
-def mean_absolute_error(prediction: Array, target: Array) -> tuple[float, Array]:
+def mean_absolute_error(prediction: Array, target: Array, weights: Weights = None) -> _Value:
     """|p - t|, the mean over all elements; gradient sign(p - t) / size.
 
-    ValueError for shapes that differ or are empty.
+    `weights` as in `binary_cross_entropy`. ValueError for shapes that differ or are empty.
     """
     difference = prediction - _elementwise_target("mean_absolute_error", prediction, target)
-    return float(np.abs(difference).mean()), np.sign(difference) / difference.size
+    return _mean("mean_absolute_error", np.abs(difference), np.sign(difference), weights)
 
 
 @_quiet
-def huber(prediction: Array, target: Array, delta: float = 1.0) -> tuple[float, Array]:
+def huber(prediction: Array, target: Array, delta: float = 1.0, weights: Weights = None) -> _Value:
     """d²/2 where |d| <= delta, else delta · (|d| - delta/2), with d = p - t; the mean over all.
 
-    The gradient is d, clipped to [-delta, delta], over the size (as PyTorch's HuberLoss).
+    The gradient is d, clipped to [-delta, delta], over the size (as PyTorch's HuberLoss); `weights`
+    as in `binary_cross_entropy`.
     ValueError for shapes that differ or are empty, or a delta that is not positive.
     """
     delta = _number("huber", "delta", delta, above=0, below=math.inf)
     difference = prediction - _elementwise_target("huber", prediction, target)
     clipped = np.clip(difference, -delta, delta)
-    losses = clipped * (difference - 0.5 * clipped)
-    return float(losses.mean()), clipped / clipped.size
+    return _mean("huber", clipped * (difference - 0.5 * clipped), clipped, weights)
 
 
 @_quiet
@@ -3043,6 +3569,11 @@ _SAMPLES = 40  # entries of one array that are compared one by one, when it has 
 _STEP = 3e-6  # near the cube root of float64's precision, where central differences are best
 
 
+def _vector(y: Data) -> Array:
+    """All entries of an array, or of those of a tree, one after the other."""
+    return np.concatenate([leaf.ravel() for leaf in tree_flatten({"y": y}).values()])
+
+
 class _Probe(NamedTuple):
     """Σ y · r as a function of one of the inputs, whose slopes are to be measured."""
 
@@ -3056,18 +3587,13 @@ class _Probe(NamedTuple):
         moved = self.array.copy()
         moved.reshape(-1)[positions] += change
         inputs = _replace(self.inputs, self.path, moved)
-        return self.layer.forward(inputs["params"], inputs["x"])[0]
+        return _vector(self.layer.forward(inputs["params"], inputs["x"])[0])
 
     def slope(self, positions: Any, direction: Array | float, step: float) -> float:
         """The central difference along a direction."""
         higher = self.output(positions, step * direction)
         lower = self.output(positions, -step * direction)
         return float(((higher - lower) * self.r).sum()) / (2 * step)
-
-
-def _replace(tree: Tree, path: str, leaf: Array) -> Tree:
-    name, _, rest = path.partition("/")
-    return {**tree, name: _replace(tree[name], rest, leaf) if rest else leaf}
 
 
 def _suspect(probe: _Probe, analytic: Array, direction: Array) -> int:
@@ -3095,7 +3621,7 @@ def _suspect(probe: _Probe, analytic: Array, direction: Array) -> int:
 
 def _compare(probe: _Probe, analytic: Array, y: Array, rtol: float, key: Key) -> None:
     """AssertionError where backward and central differences disagree."""
-    name = "dx" if probe.path == "x" else f"grads/{probe.path.removeprefix('params/')}"
+    name = f"d{probe.path}" if probe.path[0] == "x" else probe.path.replace("params", "grads", 1)
     if analytic.shape != probe.array.shape:
         raise AssertionError(
             f"check_gradients: {name} has shape {analytic.shape},"
@@ -3141,29 +3667,16 @@ def _float64(leaf: Any) -> Any:
     return array
 
 
-def _statistics_paths(params: Any, cache: Any, path: str) -> set[str]:
-    """The paths of all running statistics."""
-    if not isinstance(params, dict) or not isinstance(cache, dict):
-        return set()
-    found = {f"{path}/{name}" for name in _statistics(params, cache)}
-    return found.union(
-        *(
-            _statistics_paths(value, cache.get(name), f"{path}/{name}")
-            for name, value in params.items()
-        )
-    )
-
-
 @_quiet
 def check_gradients(
-    layer: Differentiable, params: Tree | None, x: Array, rtol: float = 1e-5, key: Key = 0
+    layer: Differentiable, params: Tree | None, x: Data, rtol: float = 1e-5, key: Key = 0
 ) -> None:
     """Compare `backward` with central differences in float64, for dx and every entry of grads.
 
     `layer` is anything with forward(params, x) -> (y, cache) and backward(params, cache, dy) ->
-    (dx, grads). What is compared is the gradient of Σ y · r, r random from `key`. An array of
-    many entries is sampled, and searched by bisection for a wrong one. For training mode give
-    `training(params, key)`.
+    (dx, grads); x and y are arrays or dicts of arrays. What is compared is the gradient of Σ y · r,
+    r random from `key`. An array of many entries is sampled, and searched by bisection for a wrong
+    one. For training mode give `training(params, key)`.
 
     AssertionError names the entry, its index and both values; it is also raised when a gradient
     has the wrong shape, when y depends on an entry that grads lack, and for grads that params
@@ -3171,15 +3684,17 @@ def check_gradients(
     """
     rtol = _number("check_gradients", "rtol", rtol, above=0, below=math.inf)
     _check_layer("check_gradients", "layer", layer, ("forward", "backward"))
-    _check_numbers("check_gradients", "x", x)
+    _arrays("check_gradients", "x", {"x": x})
     params = {} if params is None else params
     _check_dict("check_gradients", "params", params)
     inputs = tree_map(_float64, {"params": params, "x": x})
     y, cache = _two_results("forward", layer.forward(inputs["params"], inputs["x"]))
-    if not isinstance(y, np.ndarray) or y.dtype != np.float64:
-        raise AssertionError(f"check_gradients: y must be float64 like x, got {_kind(y)}")
-    r: Array = np.asarray(_generator(key).standard_normal(y.shape))
-    r.flags.writeable = False
+    for path, leaf in tree_flatten({"y": y}).items():
+        if not isinstance(leaf, np.ndarray) or leaf.dtype != np.float64:
+            raise AssertionError(
+                f"check_gradients: {path} must be float64 like x, got {_kind(leaf)}"
+            )
+    r = tree_map(_float64, tree_map(_generator(key).standard_normal, tree_map(np.shape, y)))
     dx, grads = _two_results("backward", layer.backward(inputs["params"], cache, r))
     slopes = tree_flatten({"params": grads or {}, "x": dx})
     arrays = {
@@ -3188,14 +3703,14 @@ def check_gradients(
         if isinstance(array, np.ndarray) and array.dtype.kind == "f"
     }
     for path in slopes:
-        if path not in arrays and path != "x":
+        if path not in arrays and path.startswith("params/"):
             raise AssertionError(f"check_gradients: grads have {path[7:]!r}, but params do not")
-    untrained = _statistics_paths(inputs["params"], cache, "params")
+    untrained = {f"params/{path}" for path, *_ in _statistics(params, cache)}
     for index, (path, array) in enumerate(arrays.items()):
         if path in slopes or path not in untrained:
             analytic = slopes.get(path, np.zeros(array.shape))  # what is missing counts as zero
-            probe = _Probe(layer, inputs, path, array, r)
-            _compare(probe, np.asarray(analytic), y, rtol, fold_key(key, index))
+            probe = _Probe(layer, inputs, path, array, _vector(r))
+            _compare(probe, np.asarray(analytic), _vector(y), rtol, fold_key(key, index))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3203,13 +3718,13 @@ def check_gradients(
 # ------------------------------------------------------------------------------------------------
 
 
-Loss = Callable[[Array, Array], tuple[float, Array]]
-ValueAndGrad = Callable[[Tree, Array, Array], tuple[float, Tree, Any]]
+Loss = Callable[[Data, Data], tuple[float, Data]]
+ValueAndGrad = Callable[[Tree, Data, Data], tuple[float, Tree, Any]]
 
 
 @_quiet
 def _value_and_grad(
-    params: Tree, x: Array, target: Array, *, net: Differentiable, loss: Loss
+    params: Tree, x: Data, target: Data, *, net: Differentiable, loss: Loss
 ) -> tuple[float, Tree, Any]:
     prediction, cache = _two_results("forward", net.forward(params, x))
     value, dprediction = loss(prediction, target)
@@ -3220,8 +3735,9 @@ def _value_and_grad(
 def value_and_grad(net: Differentiable, loss: Loss) -> ValueAndGrad:
     """The pure function (params, x, target) -> (loss, grads, cache) of a network and a loss.
 
-    grads are those of the params alone: dx is not computed. `cache` is that of the forward pass,
-    for `update_statistics`. TypeError for what is not a network or not a function.
+    x, prediction and target may be dicts of arrays. grads are those of the params alone: dx is not
+    computed. `cache` is that of the forward pass, for `update_statistics`. TypeError for what is
+    not a network or not a function.
     """
     _check_layer("value_and_grad", "net", net, ("forward", "backward"))
     _check_function("value_and_grad", "loss", loss)
@@ -3229,19 +3745,16 @@ def value_and_grad(net: Differentiable, loss: Loss) -> ValueAndGrad:
 
 
 def _only_statistics(cache: Any) -> Tree:
-    """What a cache lists under "statistics", at any depth, and nothing else of it."""
-    if not isinstance(cache, dict):
-        return {}
-    found = {
-        name: value if name == "statistics" else _only_statistics(value)
-        for name, value in cache.items()
-        if isinstance(value, dict)
-    }
-    return {name: value for name, value in found.items() if value}
+    """What a cache lists under "statistics", at any depth, with its "count", and nothing else."""
+    parts = _parts(cache)
+    found: Tree = {name: own for name, part in parts.items() if (own := _only_statistics(part))}
+    if isinstance(parts.get("statistics"), dict):
+        found |= {"statistics": parts["statistics"], "count": np.array(parts.get("count", 1))}
+    return found
 
 
 def _shard_gradients(
-    part: tuple[float, Tree, Array, Array], *, gradients: ValueAndGrad
+    part: tuple[float, Tree, Data, Data], *, gradients: ValueAndGrad
 ) -> tuple[float, Tree, Tree]:
     """The loss, grads and statistics of one part, times its share of the batch."""
     share, params, x, target = part
@@ -3252,26 +3765,30 @@ def _shard_gradients(
 
 def _data_parallel(
     params: Tree,
-    x: Array,
-    target: Array,
+    x: Data,
+    target: Data,
     *,
     gradients: ValueAndGrad,
     shards: int,
     map_parts: Callable[..., Any],
 ) -> tuple[float, Tree, Tree]:
     _check_dict("data_parallel", "params", params)
-    for name, array in (("x", x), ("target", target)):
+    data, counts = {"x": x, "target": target}, {}
+    for name, array in _flatten("data_parallel", "data", data).items():
         if not _is_array(array) or not array.ndim:
             raise TypeError(f"data_parallel: {name} must be an array (N, ...), got {_kind(array)}")
-    if len(x) != len(target):
-        raise ValueError(f"data_parallel: x has {len(x)} samples, but target {len(target)}")
-    count = max(1, min(shards, len(x)))
-    ends = [len(x) * shard // count for shard in range(count + 1)]
+        counts[name] = len(array)
+    if len({*counts.values()}) > 1:
+        raise ValueError(f"data_parallel: the numbers of samples differ, {counts}")
+    samples = max(counts.values(), default=0)
+    count = max(1, min(shards, samples))
+    ends = [samples * shard // count for shard in range(count + 1)]
     parts = []
     for shard, (start, stop) in enumerate(itertools.pairwise(ends)):
         key = {"key": fold_key(params["key"], shard)} if "key" in params else {}
-        share = (stop - start) / max(len(x), 1)
-        parts.append((share, {**params, **key}, x[start:stop], target[start:stop]))
+        part = tree_map(itemgetter(slice(start, stop)), data)
+        share = (stop - start) / max(samples, 1)
+        parts.append((share, {**params, **key}, part["x"], part["target"]))
     results = list(map_parts(partial(_shard_gradients, gradients=gradients), parts))
     if len(results) != count:
         raise ValueError(f"data_parallel: map returned {len(results)} results for {count} parts")
@@ -3290,8 +3807,9 @@ def data_parallel(
     one by one, `ThreadPoolExecutor(2).map` in parallel; the result depends on `shards` alone. Loss,
     grads and what the cache lists under "statistics" are means over the parts, weighted by their
     sizes and added in order; nothing else of the cache remains. Each part has a key of its own,
-    folded from params["key"], and batch norm normalizes each part by itself. ValueError where x
-    and target differ in length.
+    folded from params["key"]; batch norm normalizes each part by itself, and so is the weighted
+    mean of a loss taken. x and target are arrays or dicts of arrays. ValueError where they differ
+    in length.
     """
     if not callable(value_and_grad) or not callable(map):
         raise TypeError("data_parallel: value_and_grad and map must be functions")
@@ -3300,27 +3818,33 @@ def data_parallel(
 
 
 def accuracy(logits: Array, labels: Array) -> float:
-    """The fraction of samples (N,) whose largest logit, of (N, K), is that of their label.
+    """The fraction of labels (N, ...) whose logit is the largest of its position in (N, ..., K).
 
-    A sample with a nan among its logits counts as wrong. Of equal logits the first one counts.
+    A position with a nan among its logits counts as wrong. Of equal logits the first one counts.
     ValueError for shapes that do not fit or labels out of range.
     """
-    _check_prediction("accuracy", "logits", logits, axes=2)
-    _check_labels("accuracy", labels, *logits.shape)
-    best = logits.argmax(axis=1)  # the first nan, where there is one
-    right = (best == labels) & ~np.isnan(logits[np.arange(len(best)), best])
+    _check_prediction("accuracy", "logits", logits, classes=True)
+    _check_labels("accuracy", labels, logits)
+    rows = logits.reshape(labels.size, -1)
+    best = rows.argmax(axis=1)  # the first nan, where there is one
+    right = (best == labels.ravel()) & ~np.isnan(rows[np.arange(len(best)), best])
     return float(np.mean(right))
 
 
-def batches(count: int, size: int, key: Key) -> Iterator[Array]:
+def batches(count: int, size: int, key: Key, drop_last: bool = False) -> Iterator[Array]:
     """Index arrays of `size` entries (the last may have fewer), each of 0 ... count-1 once.
 
-    The order is drawn from `key`. ValueError for a count or a size below 1.
+    The order is drawn from `key`. With `drop_last` a smaller last one is left out. ValueError for a
+    count or a size below 1, and where nothing remains.
     """
     count = _whole("batches", "count", count, 1)
     size = _whole("batches", "size", size, 1)
+    _check_bool("batches", "drop_last", drop_last)
+    stop = count - count % size if drop_last else count
+    if not stop:
+        raise ValueError(f"batches: {count} samples make no whole batch of {size}")
     order = _generator(key).permutation(count)
-    return iter([order[start : start + size] for start in range(0, count, size)])
+    return iter([order[start : start + size] for start in range(0, stop, size)])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3361,13 +3885,15 @@ def augment(
     scale: float = 0.1,
     stretch: float = 0.1,
     elastic: float = 0.0,
+    flip: float = 0.0,
 ) -> Array:
     """Every image (N, C, H, W) randomly shifted, rotated, scaled and stretched, bilinearly.
 
     Drawn from `key`, uniformly: the shift along each axis within ±`shift` pixels, the angle within
     ±`rotation` degrees, the size within 1 ± `scale`, the aspect ratio within 1 ± `stretch`.
     `elastic` is the standard deviation in pixels of a smooth displacement (cubic B-splines with a
-    knot every 7 pixels; after Simard et al. 2003). Pixels from outside the image are zero.
+    knot every 7 pixels; after Simard et al. 2003). Each image is flipped left to right with
+    probability `flip`. Pixels from outside the image are zero.
     ValueError for an option outside its range or images that are not (N, C, H, W).
     """
     _check_array("augment", "images", images)
@@ -3378,6 +3904,7 @@ def augment(
     scale = _number("augment", "scale", scale, minimum=0, below=1)
     stretch = _number("augment", "stretch", stretch, minimum=0, below=1)
     elastic = _number("augment", "elastic", elastic, minimum=0, maximum=1e9)
+    flip = _number("augment", "flip", flip, minimum=0, maximum=1)
     N, _, H, W = images.shape
     generator = _generator(key)
     draws = generator.uniform(-1, 1, (5, N, 1, 1)).astype(np.float32)
@@ -3397,7 +3924,136 @@ def augment(
         # At a pixel the squares of a line's splines add up to 0.48 on average.
         bend = (elastic / 0.48) * (down @ knots @ across.T).astype(np.float32)
         y, x = y + bend[0], x + bend[1]
+    if flip:
+        images = np.where(generator.random((N, 1, 1, 1)) < flip, images[..., ::-1], images)
     return _sample(images, y, x)
+
+
+# ------------------------------------------------------------------------------------------------
+# Exchange with PyTorch, and a summary
+# ------------------------------------------------------------------------------------------------
+
+# Of each layer: the axes of a sample, which axis of the first entry is as long as "in", and every
+# entry of PyTorch's = ours, ".T" where it is transposed, nothing where we do not keep it. What are
+# two entries there and one here is their sum.
+_KERNEL, _AFFINE = "weight=W bias=b", "weight=gamma bias=beta"
+_RECURRENT = "weight_ih_l0=W.T weight_hh_l0=U.T bias_ih_l0=b bias_hh_l0="
+_QKV = "in_proj_weight=qkv/W.T in_proj_bias=qkv/b out_proj.weight=out/W.T out_proj.bias=out/b"
+_TORCH: dict[str, tuple[str, int, str]] = {
+    "linear": ("in", 0, "weight=W.T bias=b"),
+    "batch_norm": ("in", 0, f"{_AFFINE} running_mean=mean running_var=var num_batches_tracked="),
+    **dict.fromkeys(("layer_norm", "group_norm"), ("in", 0, _AFFINE)),
+    "embedding": ("", 0, "weight=W"),
+    "position_embedding": ("", 0, "none"),
+    **dict.fromkeys(("rnn", "lstm"), ("T in", 0, f"{_RECURRENT}b")),
+    "gru": ("T in", 0, f"{_RECURRENT}c"),
+    "attention": ("T in", 0, _QKV),
+    "conv1d": ("in T", 1, _KERNEL),
+    "conv2d": ("in H W", 1, _KERNEL),
+    "conv2d_transpose": ("in H W", 0, _KERNEL),
+}
+
+
+def _option(function: Any, name: str) -> Any:
+    """What a function of a layer was given as an option, or None."""
+    return getattr(function, "keywords", {}).get(name)
+
+
+def _kind_of(layer: LayerLike) -> str:
+    """The name of the function of this file that made a layer, or of its class."""
+    return repr(layer).partition("(")[0] if isinstance(layer, Layer) else type(layer).__name__
+
+
+def _layers_in(net: LayerLike, path: str = "") -> list[tuple[str, Any]]:
+    """(path, layer) of every layer that is not made of others; a path ends with "/"."""
+    layers = _option(net.forward, "layers")
+    if not isinstance(layers, dict):
+        return [(path, net)]
+    return [pair for name in layers for pair in _layers_in(layers[name], f"{path}{name}/")]
+
+
+def _exchange(where: str, net: Any, source: Tree, ours: bool) -> Tree:
+    """The entries of a network from a flat dict, `ours` or PyTorch's, by their other names."""
+    _check_layer(where, "net", net)
+    target: Tree = {}
+    used = set()
+    for path, layer in _layers_in(net):
+        sample, axis, entries = _TORCH.get(_kind_of(layer), ("", 0, ""))
+        if entries == "none" or _option(layer.forward, "order") == -1:
+            raise ValueError(f"{where}: {path[:-1] or 'net'}: PyTorch has no {layer!r}")
+        initial: Tree = {}
+        for theirs, _, entry in (pair.partition("=") for pair in entries.split()):
+            own, transposed = entry.removesuffix(".T"), entry.endswith(".T")
+            names = path + own, path.replace("/", ".") + theirs
+            name, other = names if ours else names[::-1]
+            if own and initial and own not in initial:
+                continue  # it has no bias
+            if own:
+                array = _entry(where, source, name)
+                shape = array.shape[::-1] if transposed and not ours else array.shape
+                what = f"{where}: {name} {array.shape}"
+                if not initial:
+                    features = (*shape, 1, 1)[axis] * (_option(layer.init, "groups") if axis else 1)
+                    example = tuple(features if a == "in" else 10**6 for a in sample.split())
+                    initial = tree_flatten(_call_child(what, "init", layer.init, 0, example)[0])
+                if own not in initial or shape != initial[own].shape:
+                    raise ValueError(f"{what} does not fit {layer!r}")
+                moved = np.array(array.T if transposed else array, order="C")
+                moved = np.zeros_like(moved) if name in used else moved  # the second of two biases
+                target[other] = target[other] + moved if other in target else moved
+            elif ours:
+                target[other] = np.zeros((), np.int64)
+            used.add(name)
+    if unused := sorted(map(str, source.keys() - used)):
+        raise ValueError(f"{where}: no layer that PyTorch has takes the entries {unused}")
+    return target
+
+
+def to_torch(net: LayerLike, params: Tree) -> dict[str, Array]:
+    """{"0.weight": array, ...}: what state_dict() of the same network in PyTorch holds.
+
+    Our path a/b/W is a.b.weight there; the second bias of rnn and lstm is 0. ValueError for params
+    that do not fit and layers that PyTorch has not, or not alone: `lstm(8, reverse=True)`.
+    """
+    return _exchange("to_torch", net, _flatten("to_torch", "params", params), ours=True)
+
+
+def from_torch(net: LayerLike, state: dict[str, Array]) -> Tree:
+    """The params of `net` with the values of a state_dict(), {name: tensor.numpy(), ...}.
+
+    The inverse of `to_torch`. ValueError for an entry that is missing, unknown or does not fit the
+    options of its layer; TypeError for one that is not an array of float32 or float64.
+    """
+    _check_dict("from_torch", "state", state)
+    return tree_unflatten(_exchange("from_torch", net, state, ours=False))
+
+
+def _noting_init(key: Key, shape: Any, *, layer: Any, path: str, rows: list[Any]) -> Any:
+    """`layer.init`, which also adds the rows of `summary` for this layer, or for those in it."""
+    layers = _option(layer.init, "layers")
+    if not isinstance(layers, dict):
+        params, out = _two_results("init", layer.init(key, shape))
+        rows.append((path[1:], _kind_of(layer), str(out), f"{count_parameters(params):,}"))
+        return params, out
+    noting = {}
+    for name, child in layers.items():
+        init = partial(_noting_init, layer=child, path=f"{path}/{name}", rows=rows)
+        noting[name] = Layer(init, child.forward, child.backward)
+    return layer.init(key, shape, layers=noting)
+
+
+def summary(net: LayerLike, shape: Any) -> str:
+    """A table: path, kind, output shape and parameters of every layer, and the total.
+
+    Layers made of others have no line; `shape` is what `init` takes. Running statistics count.
+    """
+    _check_layer("summary", "net", net)
+    rows: list[Any] = []
+    params, _ = _noting_init(0, shape, layer=net, path="", rows=rows)
+    rows.append(("total", "", "", f"{count_parameters(params):,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([*map(str.ljust, row[:3], widths), row[3].rjust(widths[3])] for row in rows)
+    return "\n".join(map("  ".join, lines))
 
 
 # ------------------------------------------------------------------------------------------------

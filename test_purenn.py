@@ -79,25 +79,51 @@ def network(units):
     )
 
 
+def several_inputs(units):
+    """Two inputs of other shapes, side by side."""
+    deep = nn.sequential(nn.linear(units), nn.tanh(), nn.dropout(0.3))
+    return nn.concatenate(deep=deep, wide=nn.sequential(nn.flatten(), nn.batch_norm()))
+
+
+def several_branches(units, axis):
+    return nn.concatenate(nn.linear(units), nn.tanh(), named=bottleneck(units), axis=axis)
+
+
+def several_outputs(units):
+    a = nn.sequential(nn.layer_norm(), nn.linear(units))
+    return nn.heads(a=a, b=nn.tanh(), c=bottleneck(units), d=nn.heads(a=nn.linear(2)))
+
+
 def pairs(low, high):
     one = st.integers(low, high)
     return st.one_of(one, st.tuples(one, one))
 
 
+def both(value):
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
 @st.composite
-def convolutions(draw):
-    """conv2d with any options, for 2 channels."""
-    groups = draw(st.sampled_from([1, 1, 2]))
-    stride = draw(pairs(1, 3))
-    paddings = pairs(0, 3) if stride not in (1, (1, 1)) else st.one_of(pairs(0, 3), st.just("same"))
-    return nn.conv2d(
+def convolutions(draw, constructor=nn.conv2d):
+    """A convolution with any options, for 2 channels."""
+    one = constructor is nn.conv1d
+    numbers = st.integers if one else pairs
+    groups, stride = draw(st.sampled_from([1, 1, 2])), draw(numbers(1, 3))
+    words = ["causal"] * one + ["same"] * (stride in (1, (1, 1)))
+    dilation, more = draw(numbers(1, 2)), {}
+    if constructor is nn.conv2d_transpose:
+        words = []
+        most = [max(sizes) for sizes in zip(both(stride), both(dilation), strict=True)]
+        more["output_padding"] = tuple(draw(st.integers(0, size - 1)) for size in most)
+    return constructor(
         groups * draw(st.integers(1, 2)),
-        draw(pairs(1, 3)),
+        draw(numbers(1, 3)),
         stride=stride,
-        padding=draw(paddings),
-        dilation=draw(pairs(1, 2)),
+        padding=draw(st.one_of(numbers(0, 1 if more else 3), st.sampled_from(words or [0]))),
+        dilation=dilation,
         groups=groups,
         bias=draw(st.booleans()),
+        **more,
     )
 
 
@@ -155,19 +181,35 @@ LAYERS = {
     "linear": of(st.builds(nn.linear, sizes, bias=st.booleans()), features),
     "identity": elementwise(nn.identity),
     "flatten": elementwise(nn.flatten),
+    "reshape": of(
+        st.sampled_from([nn.reshape(12), nn.reshape(3, 4), nn.reshape(2, 3, 1, 2)]),
+        st.sampled_from([(12,), (4, 3), (2, 2, 3)]),
+        nan=(),
+    ),
+    "permute": of(
+        st.permutations(range(3)).map(lambda axes: nn.permute(*axes)),
+        st.tuples(sizes, sizes, sizes),
+        nan=(),
+    ),
+    "last": of(st.builds(nn.last), features, nan=()),
     "relu": elementwise(nn.relu),
     "leaky_relu": elementwise(nn.leaky_relu, slopes),
     "elu": elementwise(nn.elu, st.floats(0.1, 3)),
     "sigmoid": elementwise(nn.sigmoid),
     "tanh": elementwise(nn.tanh),
     "softplus": elementwise(nn.softplus),
-    "gelu": elementwise(nn.gelu),
+    "gelu": elementwise(lambda exact: nn.gelu(exact=exact), st.booleans()),
     "silu": elementwise(nn.silu),
     "softmax": of(st.builds(nn.softmax), features, nan=("dx",)),
     "log_softmax": of(st.builds(nn.log_softmax), features, nan=("dx",)),
     "dropout": elementwise(nn.dropout, rates),
     "batch_norm": of(st.builds(nn.batch_norm, eps=eps), channels),
     "layer_norm": of(st.builds(nn.layer_norm, eps=eps), features),
+    "conv1d": of(convolutions(nn.conv1d), st.tuples(st.just(2), st.integers(5, 7)), free=("W",)),
+    "group_norm": of(
+        st.builds(nn.group_norm, st.sampled_from([1, 2, 4]), eps=eps),
+        st.sampled_from([(4,), (4, 3), (4, 2, 3), (8, 1, 2, 2)]),
+    ),
     "embedding": of(
         st.builds(nn.embedding, st.integers(3, 5), sizes), any_shape, x=indices, free=("W",)
     ),
@@ -177,11 +219,26 @@ LAYERS = {
     "lstm": recurrent(nn.lstm),
     "attention": Entry(attentions(), optional=()),
     "conv2d": of(convolutions(), images, free=("W",)),
+    "conv2d_transpose": of(convolutions(nn.conv2d_transpose), images),
     "max_pool2d": of(pools(nn.max_pool2d), images, nan=()),
     "avg_pool2d": of(pools(nn.avg_pool2d), images),
     "global_avg_pool2d": of(st.builds(nn.global_avg_pool2d), images),
+    "upsample2d": of(pairs(1, 3).map(nn.upsample2d), images),
     "sequential": of(st.builds(network, sizes), features),
     "residual": of(st.builds(bottleneck, sizes), features),
+    "concatenate": Entry(
+        st.one_of(
+            st.tuples(
+                st.builds(several_branches, sizes, st.sampled_from([-1, 2])),
+                st.tuples(sizes, sizes),
+            ),
+            st.tuples(
+                st.builds(several_inputs, sizes),
+                st.fixed_dictionaries({"wide": st.tuples(sizes, sizes), "deep": st.tuples(sizes)}),
+            ),
+        )
+    ),
+    "heads": of(st.builds(several_outputs, sizes), st.tuples(sizes, st.just(3))),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
@@ -552,6 +609,11 @@ FORMULAS = {  # name: (layer, formula, y at -10,000 and at 10,000 and the slopes
         lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
         (0, 1e4, 0, 1),
     ),
+    "gelu(exact)": (
+        nn.gelu(exact=True),
+        lambda x: x / 2 * math.erfc(-x / math.sqrt(2)),
+        (0, 1e4, 0, 1),
+    ),
     "silu": (nn.silu(), lambda x: x / (1 + math.exp(-x)), (0, 1e4, 0, 1)),
 }
 
@@ -576,6 +638,34 @@ def test_activations_are_right_at_large_inputs_without_a_warning(name, dtype):
     dx, _ = layer.backward({}, cache, np.ones(2, dtype))
     np.testing.assert_allclose(dx, limits[2:], rtol=1e-6)
     assert np.isfinite(y).all()
+
+
+NORMAL_DISTRIBUTION = {  # by mpmath with 40 digits
+    -37.25: 5.2978887799272688403e-304, -30.1: 2.4226672179857587657e-199,
+    -20.7: 1.731851879019737858e-95, -12.3: 4.5287069561587846514e-35,
+    -7.7: 6.8033115407739613184e-15, -5.1: 1.6982674071476014616e-7,
+    -3.3: 0.0004834241423837775071, -2.2: 0.013903447513498604313, -1.1: 0.13566606094638265582,
+    -0.7: 0.24196365222307302862, -0.18: 0.42857628409909927816, -1e-3: 0.49960105778608893741,
+    1e-3: 0.50039894221391106259, 0.7: 0.75803634777692697138, 1.1: 0.86433393905361734418,
+    2.2: 0.98609655248650139569, 3.3: 0.99951657585761622249, 8.5: 0.99999999999999999052,
+}  # fmt: skip
+
+
+def test_exact_gelu_is_right_far_out_and_at_infinity():
+    layer = nn.gelu(exact=True)
+    x, phi = map(np.array, zip(*NORMAL_DISTRIBUTION.items(), strict=True))
+    y, cache = layer.forward({}, x)
+    np.testing.assert_allclose(y, x * phi, rtol=1e-12)
+    dx, _ = layer.backward({}, cache, np.ones_like(x))
+    slopes = phi + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    np.testing.assert_allclose(dx, slopes, rtol=1e-12)
+    y32, _ = layer.forward({}, x.astype(np.float32))
+    np.testing.assert_allclose(y32[x > -12], y[x > -12], rtol=4e-6)
+    for dtype in (np.float32, np.float64):
+        y, cache = layer.forward({}, np.array([-math.inf, math.inf, math.nan, 0], dtype))
+        dx, _ = layer.backward({}, cache, np.ones(4, dtype))
+        np.testing.assert_array_equal(y, [0, math.inf, math.nan, 0])
+        np.testing.assert_array_equal(dx, [0, 1, math.nan, 0.5])
 
 
 def test_slopes_at_a_kink_are_those_of_the_left():
@@ -629,7 +719,13 @@ def test_linear_is_a_sum_over_features(data):
 
 WEIGHTED = {  # name: (constructor of 4 units that takes options, a shape it takes, shape of its W)
     "linear": (partial(nn.linear, 4), (7, 3), (3, 4)),
+    "conv1d": (partial(nn.conv1d, 4, 3, groups=2), (6, 5), (4, 3, 3)),
     "conv2d": (partial(nn.conv2d, 4, (3, 2), groups=2), (6, 5, 5), (4, 3, 3, 2)),
+    "conv2d_transpose": (
+        partial(nn.conv2d_transpose, 4, (3, 2), groups=2),
+        (6, 5, 5),
+        (6, 2, 3, 2),
+    ),
 }
 
 
@@ -659,6 +755,24 @@ def test_flatten_keeps_c_order(shape, batch, order):
     assert grads == {}
     if x.size:
         assert np.shares_memory(nn.flatten().forward({}, x)[0], x)
+
+
+@given(data=st.data())
+def test_shapes_are_changed_as_numpy_does(data):
+    layer, params, x, y_shape, *_ = data.draw(cases("reshape"))
+    np.testing.assert_array_equal(layer.forward(params, x)[0], x.reshape(y_shape))
+    layer, params, x, *_ = data.draw(cases("permute"))
+    axes = layer.forward.keywords["axes"]
+    y, cache = layer.forward(params, x)
+    for index in np.ndindex(x.shape):
+        assert y[(index[0], *(index[axis + 1] for axis in axes))] == x[index]
+    np.testing.assert_array_equal(layer.backward(params, cache, y)[0], x)
+    layer, params, x, *_ = data.draw(cases("last"))
+    y, cache = layer.forward(params, x)
+    np.testing.assert_array_equal(y, x[:, -1])
+    dx, _ = layer.backward(params, cache, y)
+    np.testing.assert_array_equal(dx[:, -1], y)
+    assert not dx[:, :-1].any()
 
 
 def test_what_has_the_right_dtype_is_not_copied():
@@ -742,13 +856,16 @@ def test_batch_norm_is_its_formula(data, momentum):
             mean, var = values.mean(), values.var()
         expected = gamma * (values - mean) / math.sqrt(var + eps) + beta
         np.testing.assert_allclose(y[:, channel], expected, rtol=1e-9, atol=1e-12)
+    if "key" not in params:
+        with pytest.raises(ValueError, match="nothing was in training mode"):
+            nn.update_statistics(params, cache)
+        return
     moved = nn.update_statistics(frozen(params), frozen(cache), momentum)
     assert all_bytes({**moved, "mean": 0 * x, "var": 0 * x}) == all_bytes(
         {**params, "mean": 0 * x, "var": 0 * x}
     )
     axes = (0, 2, 3)[: x.ndim - 1]
     for entry, batch in {"mean": x.mean(axis=axes), "var": x.var(axis=axes, ddof=1)}.items():
-        batch = batch if "key" in params else params[entry]
         expected = (1 - momentum) * params[entry] + momentum * batch
         np.testing.assert_allclose(moved[entry], expected, rtol=1e-9)
         assert moved[entry].dtype == params[entry].dtype
@@ -765,7 +882,7 @@ def test_batch_norm_of_images_is_its_formula_in_float32(seed, mean):
     assert_close(cache["statistics"], exact["statistics"], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("constructor", [nn.layer_norm, nn.batch_norm])
+@pytest.mark.parametrize("constructor", [nn.layer_norm, nn.batch_norm, partial(nn.group_norm, 1)])
 def test_normalization_starts_with_gamma_1_beta_0_and_an_eps_of_a_hundred_thousandth(constructor):
     layer = constructor()
     params, shape = layer.init(0, (2,))
@@ -788,6 +905,21 @@ def test_layer_norm_is_its_formula(data):
         np.testing.assert_allclose(y[index], expected * params["gamma"] + params["beta"], rtol=1e-9)
 
 
+@given(data=st.data())
+def test_group_norm_is_its_formula(data):
+    layer, params, x, *_ = data.draw(cases("group_norm", dtypes=[np.float64]))
+    y, _ = layer.forward(params, x)
+    groups, eps = layer.forward.keywords["groups"], layer.forward.keywords["eps"]
+    expected, size = np.zeros_like(x), x.shape[1] // groups
+    for n, group in np.ndindex(len(x), groups):
+        part = slice(group * size, (group + 1) * size)
+        values = x[n, part]
+        expected[n, part] = (values - values.mean()) / math.sqrt(values.var() + eps)
+    per_channel = (-1, *[1] * (x.ndim - 2))
+    gamma, beta = params["gamma"].reshape(per_channel), params["beta"].reshape(per_channel)
+    np.testing.assert_allclose(y, expected * gamma + beta, rtol=1e-9, atol=1e-9)
+
+
 def test_update_statistics_reaches_every_depth_and_leaves_the_rest():
     net = nn.sequential(
         nn.linear(3), block=nn.residual(nn.sequential(nn.batch_norm())), mean=nn.linear(3)
@@ -804,6 +936,109 @@ def test_update_statistics_reaches_every_depth_and_leaves_the_rest():
         "block/branch/0/var": 0.9 + 0.1 * hidden.var(axis=0, ddof=1),
     }
     assert_close(changed, expected, rtol=1e-5, atol=0)
+
+
+def gate_init(key, shape, *, layers):
+    """y = value(x) · gate(x), a combinator of a user's own."""
+    params, shapes = {}, {}
+    for index, (name, layer) in enumerate(layers.items()):
+        params[name], shapes[name] = layer.init(nn.fold_key(key, index), shape)
+    return params, shapes["value"]
+
+
+def gate_forward(params, x, *, layers):
+    y, cache = {}, {}
+    for index, (name, layer) in enumerate(layers.items()):
+        own = params[name]
+        if "key" in params:
+            own = nn.training(own, nn.fold_key(params["key"], index))
+        y[name], cache[name] = layer.forward(own, x)
+    return y["value"] * y["gate"], {**cache, "y": y}
+
+
+def gate_backward(params, cache, dy, *, layers):
+    y = cache["y"]
+    dx1, value = layers["value"].backward(params["value"], cache["value"], dy * y["gate"])
+    dx2, gate = layers["gate"].backward(params["gate"], cache["gate"], dy * y["value"])
+    return dx1 + dx2, {"value": value, "gate": gate}
+
+
+def gated(value, gate):
+    layers = {"value": value, "gate": gate}
+    functions = (gate_init, gate_forward, gate_backward)
+    return nn.Layer(*(partial(function, layers=layers) for function in functions))
+
+
+def with_cache(change, inner):
+    """A user's layer that passes params on and keeps the cache of the other within its own."""
+
+    def forward(params, x):
+        y, cache = inner.forward(params, x)
+        return y, change(cache, x)
+
+    return inner._replace(forward=forward)
+
+
+AROUND = {  # name: what is built around a sequential(linear(2), batch_norm())
+    "a user's": lambda inner: gated(inner, nn.sequential(nn.linear(2))),
+    "residual": lambda inner: nn.residual(inner, nn.linear(2)),
+    "concatenate": lambda inner: nn.sequential(
+        nn.concatenate(a=inner, b=nn.linear(3)), nn.linear(2)
+    ),
+    "heads": lambda inner: nn.heads(a=inner, b=nn.linear(3)),
+    "tuple": partial(with_cache, lambda cache, x: (cache, x)),
+    "list in a dict": partial(with_cache, lambda cache, x: {"own": [x, cache]}),
+}
+
+
+@pytest.mark.parametrize("inside", AROUND)
+@pytest.mark.parametrize("outside", AROUND)
+def test_update_statistics_finds_batch_norm_within_anything(inside, outside):
+    inner = AROUND[inside](nn.sequential(nn.linear(2), nn.batch_norm()))
+    net = inner if inside == "heads" else AROUND[outside](inner)
+    params, _ = net.init(0, (4,))
+    x = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    before = nn.tree_flatten(params)
+
+    def gradients(params, x, target):
+        return 0.0, {}, net.forward(params, x)[1]
+
+    for function in (gradients, nn.data_parallel(gradients, 1)):
+        *_, cache = function(nn.training(params, 0), x, x)
+        after = nn.tree_flatten(nn.update_statistics(params, cache, 1.0))
+        changed = [path for path in before if after[path] is not before[path]]
+        assert [path.split("/")[-1] for path in changed] == ["mean", "var"]
+        hidden = x @ before[changed[0].removesuffix("1/mean") + "0/W"]
+        np.testing.assert_allclose(after[changed[0]], hidden.mean(axis=0), atol=1e-6)
+        with pytest.raises(ValueError, match="nothing was in training mode"):
+            nn.update_statistics(params, function(params, x, x)[2])
+
+
+def test_update_statistics_moves_what_was_in_training_and_shared_params_twice():
+    norm = nn.batch_norm()
+    net, rng = nn.sequential(norm, norm, nn.linear(2)), np.random.default_rng(0)
+    params, _ = net.init(0, (3,))
+    x = [rng.normal(size=(5, 3)) for _ in range(2)]
+    _, cache = net.forward({**params, "1": nn.training(params["1"], 0)}, x[0])
+    moved = nn.update_statistics(params, cache)
+    assert moved["0"] is params["0"]
+    assert moved["1"]["mean"] is not params["1"]["mean"]
+    shared, caches = params["0"], [norm.forward(nn.training(params["0"], 0), part)[1] for part in x]
+    expected = nn.update_statistics(nn.update_statistics(shared, caches[0]), caches[1])
+    assert all_bytes(nn.update_statistics(shared, caches)) == all_bytes(expected)
+    net = nn.sequential(nn.linear(3), nn.dropout(0.5))  # nothing is known of its mode
+    params, _ = net.init(0, (3,))
+    elsewhere = {"statistics": {"measured": np.ones(1)}}  # of no entry of params: left alone
+    for cache in (net.forward(params, x[0])[1], (x[0], x[1]), [], x[0], elsewhere):
+        assert nn.update_statistics(params, cache) is params
+
+
+def test_a_users_combinator_is_right_in_both_modes():
+    normed = nn.sequential(nn.linear(3), nn.batch_norm(), nn.dropout(0.2), nn.sigmoid())
+    net = nn.sequential(gated(normed, nn.linear(3)), out=nn.linear(2))
+    params, _ = net.init(0, (4,))
+    for mode in (params, nn.training(params, 1)):
+        nn.check_gradients(net, mode, np.random.default_rng(0).normal(size=(6, 4)))
 
 
 # --- recurrence and attention ---
@@ -1047,10 +1282,6 @@ def test_layers_of_sequences_are_those_of_pytorch(name):
 # ------------------------------------------------------------------------------------------------
 
 
-def both(value):
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
 def places(image, size, stride=1, padding=0, dilation=1):
     """(r, s, rows, columns): each window and the pixels of the padded image that it covers."""
     axes = [
@@ -1102,7 +1333,7 @@ def convolution_options(draw):
     options=convolution_options(),
     kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     channels=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    shape=st.tuples(st.integers(1, 3), st.integers(4, 12), st.integers(4, 12)),
+    shape=st.tuples(st.sampled_from([1, 2, 40]), st.integers(4, 12), st.integers(4, 12)),
     dtype=st.sampled_from([np.float32, np.float64]),
     order=st.sampled_from(ORDERS),
     seed=st.integers(0, 1000),
@@ -1131,6 +1362,94 @@ def test_conv2d_is_a_loop_over_windows(options, kernel, channels, shape, dtype, 
     alone = layer.backward(params, cache, dy, need_dx=False)[1]
     np.testing.assert_array_equal(alone["W"], grads["W"])
     assert layer.backward(params, cache, dy, need_dx=False)[0] is None
+
+
+@settings(max_examples=40)
+@given(layer=convolutions(nn.conv1d), batch=st.sampled_from([1, 3, 40]), steps=st.integers(3, 9))
+def test_conv1d_is_conv2d_on_an_image_of_one_row(layer, batch, steps):
+    moves = layer.forward.keywords["moves"]
+    padding, taps = moves["padding"][0], layer.init.keywords["kernel"][0]
+    if steps + sum(padding) < moves["dilation"][0] * (taps - 1) + 1:
+        with pytest.raises(ValueError, match=f"the padded sequence has {steps + sum(padding)}$"):
+            layer.init(0, (2, steps))
+        return
+    params, (out, length) = layer.init(0, (2, steps))
+    rng = np.random.default_rng(steps)
+    params, x = with_values(params, 1), rng.normal(size=(batch, 2, steps))
+    y, cache = layer.forward(params, x)
+    dy = rng.normal(size=y.shape)
+    dx, grads = layer.backward(params, cache, dy)
+    groups = layer.forward.keywords["groups"]
+    options = {name: (1, *moves[name]) for name in ("stride", "dilation")}
+    flat = nn.conv2d(out, (1, taps), groups=groups, **options)
+    image = {**params, "W": params["W"][:, :, None]}
+    wide = np.pad(x, ((0, 0), (0, 0), padding))[:, :, None]
+    y2, cache = flat.forward(image, wide)
+    dx2, grads2 = flat.backward(image, cache, dy[:, :, None])
+    assert_close(y, y2[:, :, 0], 1e-10, 1e-10)
+    assert_close(dx, dx2[:, :, 0, padding[0] : padding[0] + steps], 1e-10, 1e-10)
+    assert_close(grads, {**grads2, "W": grads2["W"][:, :, 0]}, 1e-10, 1e-10)
+    assert y.shape == (batch, out, length)
+
+
+@pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (2, 1), (3, 2)])
+def test_a_causal_convolution_sees_no_later_step_and_the_same_one_keeps_the_length(
+    kernel, dilation
+):
+    x = np.random.default_rng(0).normal(size=(1, 2, 9))
+    for padding in ("causal", "same"):
+        layer = nn.conv1d(3, kernel, dilation=dilation, padding=padding)
+        params, shape = layer.init(0, (2, 9))
+        y, cache = layer.forward(params, x)
+        assert y.shape[1:] == shape == (3, 9)
+        dy = np.zeros_like(y)
+        dy[:, :, 4] = 1
+        seen = np.flatnonzero(layer.backward(params, cache, dy)[0][0, 0])
+        right = 0 if padding == "causal" else dilation * (kernel - 1) - dilation * (kernel - 1) // 2
+        assert list(seen) == list(range(4 + right - dilation * (kernel - 1), 5 + right, dilation))
+
+
+@settings(max_examples=60)
+@given(
+    layer=convolutions(nn.conv2d_transpose),
+    batch=st.sampled_from([1, 3, 40]),
+    image=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+)
+def test_conv2d_transpose_is_the_adjoint_of_conv2d(layer, batch, image):
+    extra, moves = layer.forward.keywords["output_padding"], layer.forward.keywords["moves"]
+    size, stride, dilation = layer.init.keywords["kernel"], moves["stride"], moves["dilation"]
+    lengths = [
+        (n - 1) * s - sum(sides) + d * (k - 1) + 1 + e
+        for n, s, sides, d, k, e in zip(
+            image, stride, moves["padding"], dilation, size, extra, strict=True
+        )
+    ]
+    if min(lengths) < 1:
+        with pytest.raises(ValueError, match=f"y would have {lengths[0]} x {lengths[1]} pixels$"):
+            layer.init(0, (2, *image))
+        return
+    params, shape = layer.init(0, (2, *image))
+    rng, groups = np.random.default_rng(0), layer.forward.keywords["groups"]
+    params, x = with_values(params, 1), rng.normal(size=(batch, 2, *image))
+    y, cache = layer.forward(params, x)
+    assert y.shape[1:] == shape == (params["W"].shape[1] * groups, *lengths)
+    dy = rng.normal(size=y.shape)
+    dx, grads = layer.backward(params, cache, dy)
+    # Pixels that output_padding adds may fit one more window, which x does not have.
+    padding = [sides[0] for sides in moves["padding"]]
+    conv = nn.conv2d(2, size, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    kernel = {"W": params["W"]}
+    back, _ = conv.forward(kernel, dy)
+    more = np.zeros_like(back)
+    more[:, :, : image[0], : image[1]] = x
+    dW = conv.backward(kernel, dy, more)[1]["W"]
+    spread = conv.backward(kernel, np.zeros_like(dy), more)[0]
+    assert_close(dx, back[:, :, : image[0], : image[1]], 1e-10, 1e-10)
+    assert_close(grads["W"], dW, 1e-10, 1e-10)
+    if "b" in params:
+        spread = spread + params["b"][:, None, None]
+        assert_close(grads["b"], dy.sum(axis=(0, 2, 3)), 1e-10, 1e-10)
+    assert_close(y, spread, 1e-10, 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -1309,6 +1628,17 @@ def test_global_avg_pool2d_is_the_mean():
     np.testing.assert_allclose(dx, np.broadcast_to(y[:, :, None, None] / 30, x.shape))
 
 
+@given(data=st.data(), order=st.sampled_from(ORDERS))
+def test_upsample2d_repeats_pixels(data, order):
+    layer, params, x, *_ = data.draw(cases("upsample2d", dtypes=[np.float64]))
+    down, across = layer.forward.keywords["factor"]
+    y, cache = layer.forward(params, in_order(x, order))
+    np.testing.assert_array_equal(y, x.repeat(down, axis=2).repeat(across, axis=3))
+    dy = upstream(y)
+    expected = sum(dy[:, :, i::down, j::across] for i in range(down) for j in range(across))
+    np.testing.assert_allclose(layer.backward(params, cache, dy)[0], expected, atol=1e-12)
+
+
 IMAGE_LAYERS = {
     "conv2d": nn.conv2d(5, 3, padding=1),
     "strided": nn.conv2d(6, 3, stride=2, groups=2),
@@ -1316,6 +1646,8 @@ IMAGE_LAYERS = {
     "max_pool2d": nn.max_pool2d(2),
     "avg_pool2d": nn.avg_pool2d(3, stride=2, padding=1),
     "batch_norm": nn.batch_norm(),
+    "group_norm": nn.group_norm(2),
+    "upsample2d": nn.upsample2d((2, 3)),
     "relu": nn.relu(),
 }
 
@@ -1441,6 +1773,86 @@ def test_residual_adds_and_refuses_what_cannot_be_added():
     assert nn.residual(nn.relu()).init(0, (4,)) == ({}, (4,))
 
 
+def test_branches_are_named_as_in_sequential_and_have_keys_of_their_own():
+    layers = {"0": nn.linear(3), "b": nn.dropout(0.5), "c": nn.dropout(0.5)}
+    x = np.random.default_rng(0).normal(size=(5, 4))
+    for net in (nn.concatenate(layers["0"], b=layers["b"], c=layers["c"]), nn.heads(**layers)):
+        params, shape = net.init(3, (4,))
+        assert list(params) == ["0"]
+        assert all_bytes(params["0"]) == all_bytes(layers["0"].init(nn.fold_key(3, 0), (4,))[0])
+        y, _ = net.forward(nn.training(params, 7), x)
+        outputs = {
+            name: layer.forward(nn.training(params.get(name, {}), nn.fold_key(7, index)), x)[0]
+            for index, (name, layer) in enumerate(layers.items())
+        }
+        if isinstance(y, dict):
+            assert list(y) == list(shape) == list(layers)
+            assert all_bytes(y) == all_bytes(outputs)
+        else:
+            assert shape == (11,)
+            np.testing.assert_array_equal(y, np.concatenate(list(outputs.values()), 1))
+
+
+@given(axis=st.sampled_from([1, 2, 3, -1, -2, -3]), sizes=st.lists(sizes, min_size=1, max_size=3))
+def test_concatenate_lies_side_by_side_along_any_axis(axis, sizes):
+    net = nn.concatenate(*[nn.tanh()] * len(sizes), axis=axis)
+    shapes = {str(i): tuple(size if a == axis % 4 else 2 for a in (1, 2, 3))
+              for i, size in enumerate(sizes)}  # fmt: skip
+    x = {name: upstream(np.ones((3, *shapes[name])), int(name)) for name in reversed(shapes)}
+    assert nn.concatenate(nn.tanh()).init(0, (2, 3)) == ({}, (2, 3))  # axis 1 by default
+    y, cache = net.forward({}, x)
+    assert net.init(0, shapes) == ({}, y.shape[1:])
+    np.testing.assert_array_equal(y, np.concatenate([np.tanh(x[name]) for name in shapes], axis))
+    dy = upstream(y)
+    dx, _ = net.backward({}, cache, dy)
+    parts = np.split(dy * (1 - y * y), np.cumsum(sizes)[:-1], axis)
+    assert_close(dx, dict(zip(shapes, parts, strict=True)), rtol=1e-12, atol=0)
+
+
+def lookup(count, size):
+    """An embedding, whose dx is None."""
+
+    def backward(params, x, dy):
+        gradient = np.zeros_like(params["W"])
+        np.add.at(gradient, x, dy)
+        return None, {"W": gradient}
+
+    def init(key, shape):
+        return {"W": nn.normal(1.0)(key, (count, size))}, (*shape, size)
+
+    return nn.Layer(init, lambda params, x: (params["W"][x], x), backward)
+
+
+def test_dx_is_the_sum_of_those_that_are_not_none():
+    rng = np.random.default_rng(0)
+    x = {"numbers": rng.normal(size=(4, 3, 2)), "words": rng.integers(0, 5, (4, 3))}
+    both = nn.concatenate(words=lookup(5, 3), numbers=nn.linear(2), axis=-1)
+    other = nn.concatenate(words=lookup(5, 1), numbers=nn.tanh(), axis=2)
+    for net in (both, nn.residual(both, both), nn.heads(a=both, b=other, c=nn.heads(a=both))):
+        params, _ = net.init(0, {"words": (3,), "numbers": (3, 2)})
+        nn.check_gradients(net, params, x)
+        y, cache = net.forward(params, x)
+        assert leaves(net.backward(params, cache, upstream(y))[0]).keys() == {"numbers"}
+    look = lookup(5, 2)
+    for net in (
+        nn.residual(look, look),
+        nn.heads(a=look),
+        nn.concatenate(look),
+        nn.sequential(look),
+    ):
+        params, _ = net.init(0, (3,))
+        y, cache = net.forward(params, x["words"])
+        assert net.backward(params, cache, upstream(y))[0] is None
+
+
+def test_residual_adds_trees():
+    branch = nn.heads(a=nn.linear(2), b=nn.tanh())
+    net = nn.sequential(nn.residual(branch, branch), nn.concatenate(b=nn.linear(1), a=nn.relu()))
+    params, shape = net.init(0, (3,))
+    assert shape == (3,)
+    nn.check_gradients(net, params, np.random.default_rng(0).normal(size=(2, 3)))
+
+
 # --- need_dx: the gradient of the data is left out where nobody wants it ---
 
 ASKED: list = []  # what was said of need_dx to one of the functions below
@@ -1528,6 +1940,19 @@ def test_dx_of_the_first_layer_is_left_out_exactly_where_it_can_be(name):
     grads = grads_of(net, {"first": params, "second": params})
     assert grads == {"first": {"w": [27, 27]}, "second": {"w": [9, 9]}}
     assert [True, not left_out] == ASKED
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("combine", [nn.heads, nn.concatenate, lambda a: nn.residual(a, nn.relu())])
+def test_branches_are_told_that_dx_is_not_needed(combine, several):
+    net, x = combine(a=users_layer(takes_plain)), Z[:, :2]
+    params, _ = net.init(0, (2,))
+    y, cache = net.forward(params, {"a": x} if several and combine is nn.concatenate else x)
+    ASKED.clear()
+    dx, grads = net.backward(params, cache, upstream(y), need_dx=False)
+    assert not dx
+    assert all_bytes(grads) == all_bytes(net.backward(params, cache, upstream(y))[1])
+    assert ASKED == [False, True]
 
 
 def test_errors_of_a_users_backward_pass_as_they_are():
@@ -2093,6 +2518,101 @@ def test_smoothing_mixes_the_target_with_equal_shares(seed, smoothing):
     assert value == pytest.approx(expected)
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-15)
     np.testing.assert_allclose(gradient, (np.exp(log_softmax(logits)) - mixed) / 3, atol=1e-15)
+
+
+WEIGHABLE = {  # name: (loss, has it a target of labels, of probabilities or of elements)
+    "softmax_cross_entropy": (nn.softmax_cross_entropy, "labels"),
+    "softmax_cross_entropy(soft)": (partial(nn.softmax_cross_entropy, smoothing=0.2), "soft"),
+    "cross_entropy": (nn.cross_entropy, "labels"),
+    "cross_entropy(soft)": (nn.cross_entropy, "soft"),
+    "hinge": (nn.hinge, "labels"),
+    **{name: (loss, "elements") for name, (loss, _) in ELEMENT_LOSSES.items()},
+}
+every_weighable_loss = pytest.mark.parametrize("name", WEIGHABLE)
+
+
+def loss_case(name, shape, seed=0):
+    """(loss, prediction, target, number of axes of its positions)"""
+    (loss, kind), rng = WEIGHABLE[name], np.random.default_rng(seed)
+    labels = rng.integers(0, shape[-1], shape[:-1])
+    target = labels if kind == "labels" else rng.random(shape)
+    return loss, rng.random(shape) * 0.8 + 0.1, target, len(shape) - (kind != "elements")
+
+
+@every_weighable_loss
+@given(shape=st.lists(sizes, min_size=2, max_size=4).map(tuple), seed=st.integers(0, 10**6),
+       kind=st.sampled_from(["f4", "f8", "i8", "?", "u1", "f2"]), data=st.data())  # fmt: skip
+def test_weighted_losses_are_weighted_means_of_those_of_the_positions(
+    name, shape, seed, kind, data
+):
+    loss, prediction, target, axes = loss_case(name, shape, seed)
+    axes, rng = data.draw(st.integers(1, axes)), np.random.default_rng(seed)
+    weights = rng.integers(0, 4, shape[:axes]).astype(kind)
+    weights.ravel()[rng.integers(weights.size)] = 2
+    value, gradient = loss(frozen(prediction), frozen(target), weights=frozen(weights))
+    assert type(value) is float
+    mean, expected = 0.0, np.zeros(shape)
+    for index in np.ndindex(weights.shape):
+        part, slope = loss(prediction[index][None], np.asarray(target[index])[None])
+        share = float(weights[index]) / weights.astype(float).sum()
+        mean, expected[index] = mean + share * part, share * slope[0]
+    assert value == pytest.approx(mean, rel=1e-9)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-14)
+    single, of_single = loss(prediction.astype(np.float32), target, weights=weights)
+    assert of_single.dtype == np.float32
+    assert single == pytest.approx(value, rel=1e-4, abs=1e-5)
+    assert loss(prediction, target, weights=weights * np.float64(1e307))[0] == pytest.approx(value)
+    for one in (1.0, 3.0):
+        ones, of_ones = loss(prediction, target, weights=np.full(shape[:axes], one))
+        plain, of_plain = loss(prediction, target)
+        assert ones == pytest.approx(plain)
+        np.testing.assert_allclose(of_ones, of_plain, rtol=1e-12)
+
+
+@every_weighable_loss
+@pytest.mark.usefixtures("no_warnings")
+def test_a_weight_of_0_leaves_out_whatever_is_there(name):
+    loss, prediction, target, _ = loss_case(name, (4, 3, 5))
+    weights = np.array([[1, 0, 1], [1, 1, 0], [0, 0, 0], [1, 1, 1]], bool)
+    value, gradient = loss(prediction, target, weights=weights)
+    for bad in (math.nan, math.inf, -math.inf, 1e300) if name[:6] != "cross_" else (0.0, 1.0):
+        spoiled = prediction.copy()
+        spoiled[~weights] = bad
+        again, other = loss(spoiled, target, weights=weights)
+        assert again == pytest.approx(value, rel=1e-12)
+        np.testing.assert_allclose(other, gradient, rtol=1e-12)
+        assert not other[~weights].any()
+    if WEIGHABLE[name][1] == "labels":
+        target[0, 1] = 5
+        with pytest.raises(ValueError, match="labels must be from 0 to 4, got"):
+            loss(prediction, target, weights=weights)
+
+
+@given(lead=st.lists(sizes, min_size=1, max_size=3).map(tuple), classes=st.integers(1, 4),
+       seed=st.integers(0, 10**6))  # fmt: skip
+def test_class_losses_and_accuracy_take_any_leading_axes(lead, classes, seed):
+    for name, (_, kind) in WEIGHABLE.items():
+        loss, prediction, target, _ = loss_case(name, (*lead, classes), seed)
+        if kind != "elements":
+            flat, labels = prediction.reshape(-1, classes), target
+            expected, slopes = loss(flat, target.reshape(-1, *target.shape[len(lead) :]))
+            value, gradient = loss(prediction, target)
+            assert value == pytest.approx(expected, rel=1e-12)
+            np.testing.assert_allclose(gradient, slopes.reshape(gradient.shape), rtol=1e-12)
+            if kind == "labels":
+                assert nn.accuracy(prediction, labels) == np.mean(prediction.argmax(-1) == labels)
+
+
+def test_class_weights_are_those_of_pytorch():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    logits, labels, balance = rng.normal(size=(6, 5, 4)), rng.integers(0, 4, (6, 5)), rng.random(4)
+    z = torch.tensor(logits.transpose(0, 2, 1), requires_grad=True)
+    theirs = torch.nn.functional.cross_entropy(z, torch.tensor(labels), torch.tensor(balance))
+    theirs.backward()
+    value, gradient = nn.softmax_cross_entropy(logits, labels, weights=balance[labels])
+    assert value == pytest.approx(theirs.item(), rel=1e-12)
+    np.testing.assert_allclose(gradient, z.grad.numpy().transpose(0, 2, 1), atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2683,6 +3203,13 @@ def test_batches_hold_each_index_once(count, size, key):
     assert len(orders) == 5
 
 
+@given(count=st.integers(1, 40), size=st.integers(1, 40), key=st.integers(0, 100))
+def test_drop_last_leaves_out_what_is_smaller(count, size, key):
+    if size <= count:
+        whole = [part for part in nn.batches(count, size, key) if len(part) == size]
+        assert all_bytes(*nn.batches(count, size, key, drop_last=True)) == all_bytes(*whole)
+
+
 @pytest.mark.usefixtures("no_warnings")
 def test_accuracy_is_the_share_of_right_ones():
     logits = np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]], np.float32)
@@ -2772,6 +3299,49 @@ def test_data_parallel_depends_on_its_shards_alone(shards):
     del params["key"]
     moved = (nn.update_statistics(params, part[2], 1.0) for part in parts)
     assert_close(nn.update_statistics(params, cache, 1.0), mean(moved), rtol=1e-6, atol=1e-9)
+
+
+def loss_of_two(y, target):
+    value, d_class = nn.softmax_cross_entropy(y["class"], target["class"], weights=target["weight"])
+    other, d_number = nn.mean_squared_error(y["number"], target["number"])
+    return value + other, {"class": d_class, "number": d_number}
+
+
+def test_trees_as_data_go_through_every_helper():
+    image = nn.sequential(nn.conv2d(2, 3), nn.relu(), nn.flatten())
+    body = nn.concatenate(image=image, vector=nn.linear(3))
+    top = nn.heads(**{"class": nn.linear(4), "number": nn.linear(1)})
+    net, rng = nn.sequential(body, nn.tanh(), top), np.random.default_rng(0)
+    params, shape = net.init(0, {"image": (1, 5, 5), "vector": (4,)})
+    assert shape == {"class": (4,), "number": (1,)}
+    x = {"image": rng.normal(size=(8, 1, 5, 5)), "vector": rng.normal(size=(8, 4))}
+    target = {
+        "class": rng.integers(0, 4, 8),
+        "number": rng.normal(size=(8, 1)),
+        "weight": np.ones(8),
+    }
+    gradients = nn.value_and_grad(net, loss_of_two)
+    loss, grads, _ = gradients(params, x, target)
+    y, cache = net.forward(params, x)
+    expected, dy = loss_of_two(y, target)
+    assert loss == expected
+    assert all_bytes(grads) == all_bytes(net.backward(params, cache, dy)[1])
+    for shards in (1, 3, 20):
+        value, in_parts, cache = nn.data_parallel(gradients, shards)(params, x, target)
+        assert value == pytest.approx(loss)
+        assert_close(in_parts, grads, rtol=1e-9, atol=1e-12)
+        assert cache == {}
+    part = nn.tree_map(lambda a: a[:2], {"x": x, "target": target})
+    nn.check_gradients(net, params, part["x"])
+    nn.check_gradients(net, nn.training(params, 0), nn.tree_map(np.float32, part["x"]))
+    with pytest.raises(
+        ValueError, match="^data_parallel: the numbers of samples differ, {'x/image': 2"
+    ):
+        nn.data_parallel(gradients, 2)(params, part["x"], target)
+    with pytest.raises(
+        TypeError, match=r"^data_parallel: target/class must be an array \(N, ...\)"
+    ):
+        nn.data_parallel(gradients, 2)(params, x, {**target, "class": None})
 
 
 def test_data_parallel_refuses_what_its_function_would_refuse():
@@ -2974,10 +3544,356 @@ def test_elastic_displacements_are_smooth_and_have_the_deviation_asked_for():
     assert np.abs(middle.mean()) < 0.1
 
 
+def test_images_are_flipped_left_to_right_with_their_chance():
+    images = np.random.default_rng(0).normal(size=(4000, 2, 3, 5)).astype(np.float32)
+    for flip in (0.0, 0.25, 1.0):
+        seen = nn.augment(3, frozen(images), flip=flip, **STILL)
+        flipped = (seen == images[..., ::-1]).all(axis=(1, 2, 3))
+        assert (flipped | (seen == images).all(axis=(1, 2, 3))).all()
+        assert abs(flipped.mean() - flip) < 0.03
+    few, turned = images[:9], images[:9, ..., ::-1]
+    both = nn.augment(3, few, elastic=1.0, flip=0.5)  # flipped first, then the rest as without
+    one_of = [nn.augment(3, images, elastic=1.0) for images in (few, turned)]
+    same = [(both == one).all(axis=(1, 2, 3)) for one in one_of]
+    np.testing.assert_array_equal(same[0], ~same[1])
+    assert set(same[0]) == {True, False}
+
+
 def test_images_that_are_not_square_stay_in_the_middle():
     centers, _ = moments(nn.augment(1, ellipses(50, 31, 61), shift=0))
     np.testing.assert_allclose(centers[0], 15, atol=0.1)
     np.testing.assert_allclose(centers[1], 30, atol=0.1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Exchange with PyTorch, and a summary
+# ------------------------------------------------------------------------------------------------
+
+
+class Exchanged(NamedTuple):
+    """A network, the shape of a sample, the same in PyTorch, and names and shapes of its state."""
+
+    net: Any
+    shape: tuple
+    torch: str  # an expression with t for torch.nn
+    state: dict
+
+
+EXCHANGED = {
+    "linear": Exchanged(
+        nn.linear(3), (5, 4), "t.Linear(4, 3)", {"weight": (3, 4), "bias": (3,)}
+    ),
+    "without bias": Exchanged(
+        nn.linear(3, bias=False), (4,), "t.Linear(4, 3, bias=False)", {"weight": (3, 4)}
+    ),
+    "conv2d": Exchanged(
+        nn.conv2d(6, (5, 2), stride=2, padding=1, dilation=(2, 1), groups=2), (4, 7, 8),
+        "t.Conv2d(4, 6, (5, 2), stride=2, padding=1, dilation=(2, 1), groups=2)",
+        {"weight": (6, 2, 5, 2), "bias": (6,)},
+    ),
+    "batch_norm": Exchanged(
+        nn.batch_norm(), (3, 4, 2), "t.BatchNorm2d(3)",
+        {"weight": (3,), "bias": (3,), "running_mean": (3,), "running_var": (3,),
+         "num_batches_tracked": ()},
+    ),
+    "layer_norm": Exchanged(
+        nn.layer_norm(eps=1e-3), (3, 4), "t.LayerNorm(4, eps=1e-3)",
+        {"weight": (4,), "bias": (4,)},
+    ),
+    "group_norm": Exchanged(
+        nn.group_norm(2, eps=1e-3), (6, 3, 4), "t.GroupNorm(2, 6, eps=1e-3)",
+        {"weight": (6,), "bias": (6,)},
+    ),
+    "group_norm of features": Exchanged(
+        nn.group_norm(3), (6,), "t.GroupNorm(3, 6)", {"weight": (6,), "bias": (6,)}
+    ),
+    "group_norm of sequences": Exchanged(
+        nn.group_norm(3), (6, 5), "t.GroupNorm(3, 6)", {"weight": (6,), "bias": (6,)}
+    ),
+    "upsample2d": Exchanged(
+        nn.upsample2d((2, 3)), (2, 3, 4), "t.Upsample(scale_factor=(2, 3))", {}
+    ),
+    **{
+        f"{layer} as {code}": Exchanged(layer, shape, f"t.{code}", {})
+        for layer, shape, code in [
+            (nn.identity(), (7,), "Identity()"),
+            (nn.flatten(), (2, 3, 4), "Flatten()"),
+            (nn.reshape(4, 3), (2, 6), "Sequential(t.Flatten(), t.Unflatten(1, (4, 3)))"),
+            (nn.relu(), (7,), "ReLU()"),
+            (nn.leaky_relu(0.2), (7,), "LeakyReLU(0.2)"),
+            (nn.elu(1.5), (7,), "ELU(1.5)"),
+            (nn.sigmoid(), (7,), "Sigmoid()"),
+            (nn.tanh(), (7,), "Tanh()"),
+            (nn.softplus(), (7,), "Softplus()"),
+            (nn.gelu(), (7,), "GELU(approximate='tanh')"),
+            (nn.gelu(exact=True), (7,), "GELU()"),
+            (nn.silu(), (7,), "SiLU()"),
+            (nn.softmax(), (3, 4), "Softmax(-1)"),
+            (nn.log_softmax(), (3, 4), "LogSoftmax(-1)"),
+            (nn.dropout(0), (7,), "Dropout(0)"),
+            (nn.max_pool2d(3, stride=2, padding=1), (2, 6, 7), "MaxPool2d(3, 2, 1)"),
+            (nn.avg_pool2d(3, stride=2, padding=1), (2, 6, 7), "AvgPool2d(3, 2, 1)"),
+            (nn.global_avg_pool2d(), (2, 3, 4), "Sequential(t.AdaptiveAvgPool2d(1), t.Flatten())"),
+        ]
+    },
+    "nested": Exchanged(
+        nn.sequential(
+            nn.conv2d(4, 3, bias=False), nn.batch_norm(), nn.relu(),
+            nn.sequential(nn.group_norm(2), nn.upsample2d(2), nn.max_pool2d(2)),
+            nn.flatten(), nn.linear(8), nn.reshape(2, 4), nn.linear(3), nn.flatten(),
+        ),
+        (2, 6, 6),
+        "t.Sequential(t.Conv2d(2, 4, 3, bias=False), t.BatchNorm2d(4), t.ReLU(),"
+        " t.Sequential(t.GroupNorm(2, 4), t.Upsample(scale_factor=2), t.MaxPool2d(2)),"
+        " t.Flatten(), t.Linear(64, 8), t.Unflatten(1, (2, 4)), t.Linear(4, 3), t.Flatten())",
+        {"0.weight": (4, 2, 3, 3), "1.weight": (4,), "1.bias": (4,), "1.running_mean": (4,),
+         "1.running_var": (4,), "1.num_batches_tracked": (), "3.0.weight": (4,), "3.0.bias": (4,),
+         "5.weight": (8, 64), "5.bias": (8,), "7.weight": (3, 4), "7.bias": (3,)},
+    ),
+}  # fmt: skip
+if hasattr(nn, "lstm"):  # branch seq
+    EXCHANGED |= {
+        "embedding": Exchanged(
+            nn.embedding(7, 3), (5,), "t.Embedding(7, 3)", {"weight": (7, 3)}
+        ),
+        **{
+            name: Exchanged(
+                getattr(nn, name)(4), (5, 3), f"First(t.{name.upper()}(3, 4, batch_first=True))",
+                {"weight_ih_l0": (4 * k, 3), "weight_hh_l0": (4 * k, 4),
+                 "bias_ih_l0": (4 * k,), "bias_hh_l0": (4 * k,)},
+            )
+            for name, k in (("rnn", 1), ("gru", 3), ("lstm", 4))
+        },
+        "attention": Exchanged(
+            nn.attention(2), (5, 6), "First(t.MultiheadAttention(6, 2, batch_first=True))",
+            {"in_proj_weight": (18, 6), "in_proj_bias": (18,), "out_proj.weight": (6, 6),
+             "out_proj.bias": (6,)},
+        ),
+    }  # fmt: skip
+if hasattr(nn, "conv2d_transpose"):
+    EXCHANGED |= {
+        "conv1d": Exchanged(
+            nn.conv1d(6, 3, stride=2, padding=1, groups=2), (4, 9),
+            "t.Conv1d(4, 6, 3, stride=2, padding=1, groups=2)",
+            {"weight": (6, 2, 3), "bias": (6,)},
+        ),
+        "conv2d_transpose": Exchanged(
+            nn.conv2d_transpose(6, (3, 2), stride=2, padding=1, groups=2), (4, 5, 4),
+            "t.ConvTranspose2d(4, 6, (3, 2), stride=2, padding=1, groups=2)",
+            {"weight": (4, 3, 3, 2), "bias": (6,)},
+        ),
+    }  # fmt: skip
+if hasattr(nn, "heads"):  # branch comb
+    parts = nn.concatenate(nn.linear(2), b=nn.linear(3))
+    EXCHANGED["combinators"] = Exchanged(
+        nn.sequential(parts=parts, out=nn.heads(x=nn.linear(1), y=nn.tanh())), (4,), "",
+        {"parts.0.weight": (2, 4), "parts.0.bias": (2,), "parts.b.weight": (3, 4),
+         "parts.b.bias": (3,), "out.x.weight": (1, 5), "out.x.bias": (1,)},
+    )  # fmt: skip
+every_exchange = pytest.mark.parametrize("name", EXCHANGED)
+
+
+@every_exchange
+def test_a_state_has_pytorchs_names_shapes_and_kinds_and_comes_back_to_the_bit(name):
+    net, shape, _, names = EXCHANGED[name]
+    params = frozen(with_values(net.init(0, shape)[0], 1))
+    state = nn.to_torch(net, params)
+    assert {name: array.shape for name, array in state.items()} == names
+    assert list(state) == list(names)
+    for entry, array in state.items():
+        assert array.dtype == (np.int64 if entry.endswith("tracked") else np.float32)
+        assert array.flags.c_contiguous
+        assert array.flags.writeable
+    back = nn.from_torch(net, frozen(state))
+    assert all_bytes(back) == all_bytes(params)
+    assert list(nn.tree_flatten(back)) == list(nn.tree_flatten(params))
+    for leaf in leaves(back).values():
+        leaf += 1  # it is nobody else's
+    assert all_bytes(nn.to_torch(net, params)) == all_bytes(state)
+    no_counts = {entry: v for entry, v in state.items() if not entry.endswith("tracked")}
+    assert all_bytes(nn.from_torch(net, no_counts)) == all_bytes(params)
+
+
+@every_exchange
+def test_what_does_not_fit_a_network_is_named(name):
+    net, shape, *_ = EXCHANGED[name]
+    params = net.init(0, shape)[0]
+    state = nn.to_torch(net, params)
+    for tree, function, check in (
+        (state, partial(nn.from_torch, net), "from_torch"),
+        (
+            nn.tree_flatten(params),
+            lambda flat: nn.to_torch(net, nn.tree_unflatten(flat)),
+            "to_torch",
+        ),
+    ):
+        entries = [entry for entry in tree if not entry.endswith("tracked")]
+        for entry in entries:
+            words = re.escape(f"{check}: there is no entry {entry!r} in ")
+            with pytest.raises(ValueError, match=f"^{words}"):
+                function({other: array for other, array in tree.items() if other != entry})
+            for wrong in (None, 1.0, tree[entry].tolist(), tree[entry].astype(np.float16)):
+                with pytest.raises(TypeError, match=f"^{check}: {re.escape(entry)} must be "):
+                    function({**tree, entry: wrong})
+            for wrong in (tree[entry][None], tree[entry][:0]):
+                words = re.escape(f"{check}: {entry} {wrong.shape}")
+                with pytest.raises(ValueError, match=rf"^{words}(:| does not fit) "):
+                    function({**tree, entry: wrong})
+            if check == "from_torch" and (name, entry) != ("conv2d_transpose", "weight"):
+                wrong = np.repeat(tree[entry], 3, axis=0)  # options or other entries forbid it
+                layer = re.escape(re.sub(r"\w+$", "", entry))
+                with pytest.raises(ValueError, match=rf"^from_torch: {layer}\S+:? "):
+                    function({**tree, entry: wrong})
+        words = rf"^{check}: no layer that PyTorch has takes the entries \['x'\]$"
+        with pytest.raises(ValueError, match=words):
+            function({**tree, "x": np.ones(3)})
+
+
+@every_exchange
+@pytest.mark.parametrize("in_training", [False, True])
+def test_pytorch_computes_the_same_with_the_same_state(name, in_training):
+    torch = pytest.importorskip("torch")
+    net, shape, code, names = EXCHANGED[name]
+    if not code:
+        return
+
+    class First(torch.nn.Module):  # of what recurrent layers and attention give
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(*[x] * (3 if "Multihead" in code else 1))[0]
+
+    module = eval(code, {"t": torch.nn, "First": First}).double().train(in_training)
+    own = getattr(module, "layer", module)
+    assert {entry: tuple(v.shape) for entry, v in own.state_dict().items()} == names
+    params = as_dtype(with_values(net.init(0, shape)[0], 1), np.float64)
+    arrays = nn.to_torch(net, params)
+    own.load_state_dict({entry: torch.from_numpy(array) for entry, array in arrays.items()})
+    rng = np.random.default_rng(2)
+    x = rng.integers(0, 7, (4, *shape)) if name == "embedding" else rng.normal(size=(4, *shape))
+    inputs = torch.from_numpy(x.copy()).requires_grad_(x.dtype.kind == "f")
+    given = nn.training(params, 0) if in_training else params
+    y, cache = net.forward(given, x)
+    dy = upstream(y)
+    dx, grads = net.backward(given, cache, dy)
+    output = module(inputs)
+    output.backward(torch.from_numpy(dy))
+    np.testing.assert_allclose(y, output.detach(), rtol=1e-10, atol=1e-12)
+    if dx is not None:
+        np.testing.assert_allclose(dx, inputs.grad, rtol=1e-10, atol=1e-12)
+    flat = nn.tree_flatten(params) | nn.tree_flatten(grads)
+    ours = nn.to_torch(net, nn.tree_unflatten(flat))
+    for entry, parameter in own.named_parameters():
+        if entry == "bias_hh_l0" and name != "gru":
+            entry = "bias_ih_l0"  # their sum is one entry here
+        np.testing.assert_allclose(ours[entry], parameter.grad, rtol=1e-10, atol=1e-11)
+    if in_training:
+        moved = nn.to_torch(net, nn.update_statistics(params, cache))
+        for entry, buffer in own.named_buffers():
+            if not entry.endswith("tracked"):
+                np.testing.assert_allclose(moved[entry], buffer, rtol=1e-10)
+    state = {entry: tensor.numpy() for entry, tensor in own.state_dict().items()}
+    assert nn.tree_flatten(nn.from_torch(net, state)).keys() == nn.tree_flatten(params).keys()
+
+
+def test_names_of_layers_become_paths_with_dots():
+    block = nn.residual(nn.sequential(a=nn.linear(4), b=nn.tanh()), nn.linear(4, bias=False))
+    net = nn.sequential(nn.relu(), block=block, out=nn.linear(2))
+    params, _ = net.init(0, (3,))
+    assert {name: array.shape for name, array in nn.to_torch(net, params).items()} == {
+        "block.branch.a.weight": (4, 3),
+        "block.branch.a.bias": (4,),
+        "block.shortcut.weight": (4, 3),
+        "out.weight": (2, 4),
+        "out.bias": (2,),
+    }
+    np.testing.assert_array_equal(
+        nn.to_torch(net, params)["block.shortcut.weight"], params["block"]["shortcut"]["W"].T
+    )
+
+
+class Doubled:
+    """A user's own layer, without params."""
+
+    def init(self, key, shape):
+        return {}, shape
+
+    def forward(self, params, x):
+        return 2 * x, None
+
+    def backward(self, params, cache, dy):
+        return 2 * dy, {}
+
+
+def test_a_layer_that_pytorch_lacks_is_refused_by_name_if_it_has_params():
+    own = nn.Layer(nn.linear(3).init, lambda params, x: (x, x), nn.linear_backward)
+    net = nn.sequential(Doubled(), block=nn.sequential(own))
+    params, _ = net.init(0, (3,))
+    words = "no layer that PyTorch has takes the entries "
+    with pytest.raises(ValueError, match=re.escape(f"{words}['block/0/W', 'block/0/b']")):
+        nn.to_torch(net, params)
+    with pytest.raises(ValueError, match=re.escape(f"{words}['block.0.weight']")):
+        nn.from_torch(net, {"block.0.weight": np.ones((3, 3))})
+    doubled = nn.sequential(Doubled(), nn.linear(3))
+    params, _ = doubled.init(0, (3,))
+    state = nn.to_torch(doubled, params)
+    assert list(state) == ["1.weight", "1.bias"]
+    assert all_bytes(nn.from_torch(doubled, state)) == all_bytes(params)
+    if hasattr(nn, "lstm"):  # branch seq
+        for layer in (nn.lstm(3, reverse=True), nn.position_embedding()):
+            words = re.escape(f"1: PyTorch has no {layer!r}")
+            net = nn.sequential(nn.linear(4), layer)
+            params, _ = net.init(0, (5, 2))
+            with pytest.raises(ValueError, match=f"^to_torch: {words}$"):
+                nn.to_torch(net, params)
+            with pytest.raises(ValueError, match=f"^from_torch: {words}$"):
+                nn.from_torch(net, {"0.weight": np.ones((4, 2)), "0.bias": np.ones(4)})
+
+
+def test_the_summary_has_a_line_for_each_layer_and_the_total():
+    block = nn.sequential(nn.conv2d(4, 3, padding=1), nn.batch_norm(), Doubled())
+    net = nn.sequential(
+        nn.conv2d(4, 3), block=nn.residual(block), flat=nn.flatten(), out=nn.linear(300)
+    )
+    text = nn.summary(net, (1, 5, 5))
+    assert text.splitlines() == [
+        "0               conv2d      (4, 3, 3)      40",
+        "block/branch/0  conv2d      (4, 3, 3)     148",
+        "block/branch/1  batch_norm  (4, 3, 3)      16",
+        "block/branch/2  Doubled     (4, 3, 3)       0",
+        "block/shortcut  identity    (4, 3, 3)       0",
+        "flat            flatten     (36,)           0",
+        "out             linear      (300,)     11,100",
+        "total                                  11,304",
+    ]
+    assert nn.summary(net, (1, 5, 5)) == text
+    assert nn.count_parameters(net.init(0, (1, 5, 5))[0]) == 11304
+    one = ["       linear  (3,)  15", "total                15"]
+    assert nn.summary(nn.linear(3), (4,)).splitlines() == one
+    for shape, words in (
+        ((5, 5), "0: conv2d: shape must be"),
+        (5, "conv2d: shape must be a tuple"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=words):
+            nn.summary(net, shape)
+    with pytest.raises(TypeError, match="^summary: net must be a layer, but 3 has no init$"):
+        nn.summary(3, (1,))
+
+
+@pytest.mark.skipif(not hasattr(nn, "heads"), reason="branch comb")
+def test_the_summary_takes_a_dict_of_shapes():
+    parts = nn.concatenate(image=nn.sequential(nn.conv2d(4, 3), nn.flatten()), more=nn.linear(3))
+    net = nn.sequential(parts=parts, out=nn.heads(kind=nn.linear(2), size=nn.linear(1)))
+    assert nn.summary(net, {"more": (5,), "image": (1, 6, 6)}).splitlines() == [
+        "parts/image/0  conv2d   (4, 4, 4)   40",
+        "parts/image/1  flatten  (64,)        0",
+        "parts/more     linear   (3,)        18",
+        "out/kind       linear   (2,)       136",
+        "out/size       linear   (1,)        68",
+        "total                              262",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3020,7 +3936,8 @@ def test_layers_take_values_of_any_size_without_a_warning(name, dtype, data):
         assert {a.dtype for tree in (y, dx, grads) for a in leaves(tree).values()} == {
             np.dtype(dtype)
         }
-        nn.update_statistics(params, cache if isinstance(cache, dict) else {})
+        if "key" in params:
+            nn.update_statistics(params, cache)
         for result, dx_or_y in ((y, "y"), (layer.backward(params, cache, upstream(y))[0], "dx")):
             if not others and dx_or_y not in LAYERS[name].nan:
                 assert not any(np.isnan(leaf).any() for leaf in leaves(result).values())
@@ -3363,8 +4280,21 @@ def no_target(target):
 def no_prediction(prediction):
     yield from kinds(prediction)
     yield from value_error("must not be empty, got", prediction[:0])
-    words = r"must be \(N, classes\), got shape"
-    yield from value_error(words, np.ones(2), *other_axes(prediction))
+    yield from value_error(r"must be \(N, ..., classes\), got", np.ones(2), np.ones(()))
+    words = (
+        r"labels must have shape \((1, 2|2, 3)\), got \(2,\); for one label per sample put flatten"
+    )
+    yield from value_error(words, prediction[None], prediction[..., None])
+
+
+def no_weights(weights):
+    wrong = [bad for bad in no_numbers(weights) if bad is not None]
+    yield from type_error("must be an array of numbers", *wrong, 1.0, True, {})
+    words = r"weights have shape \(.*\), expected \(2,.*\) or its first axes"
+    shapes = ((), (1,), (3,), (2, 1), (1, 2), (1, 3), (2, 3, 1))
+    yield from value_error(words, *map(np.ones, shapes))
+    words, bad = "must be finite, not negative and not all 0$", [math.nan, math.inf, -1]
+    yield from value_error(words, *(np.array([1, one]) for one in bad), np.zeros(2, bool))
 
 
 def no_gradients(grads):
@@ -3425,11 +4355,19 @@ def no_plateau(state):
 
 
 def no_statistics(cache):
-    bad = [one for one in NO_DICTS if not isinstance(one, np.ndarray)]
+    bad = [one for one in NO_DICTS if not isinstance(one, (np.ndarray, tuple, list))]
     yield from type_error("cache must be the one that forward returned, got", *bad)
     path = "a/statistics/mean"
     wrong = [replaced(cache, path, bad) for bad in no_numbers(np.ones(3))]
     yield from type_error("mean must be an array of numbers, got", *wrong)
+    own, words = cache["a"], "the cache has statistics of '(a/)?mean', which params lack$"
+    yield from value_error(words, (own,), [1, own], {"b": own}, {"b": [own]})
+    yield {"a": [{"statistics": {"var": np.ones(3)}}]}, ValueError, words.replace("mean", "var")
+    yield (
+        {"a": {**own, "count": np.array(0)}},
+        ValueError,
+        "nothing was in training mode, see `training`$",
+    )
     wrong = [replaced(cache, path, np.ones(size)) for size in (1, 4)]
     yield from value_error("mean is ndarray of float64 and shape", *wrong)
 
@@ -3481,7 +4419,7 @@ PARAMETERS = {  # parameter, or function.parameter: (a right value, rows of wron
     **dict.fromkeys(("final", "low", "high", "peak", "schedule"), (0.1, RATE)),
     **dict.fromkeys(("rate", "smoothing", "threshold", "scale", "stretch"), (0.1, BELOW_1)),
     **dict.fromkeys(("momentum", "beta1", "beta2", "decay"), (0.9, BELOW_1)),
-    **dict.fromkeys(("factor", "rise"), (0.1, SHARE)),
+    **dict.fromkeys(("factor", "rise", "flip"), (0.1, SHARE)),
     **dict.fromkeys(("exponential.decay", "update_statistics.momentum"), (0.1, SHARE)),
     **dict.fromkeys(("patience", "step"), (1, whole(0))),
     "index": (1, whole(0) + value_error(r"must be below 2\*\*32, got 42949672", 2**32, 2**32 + 1)),
@@ -3506,15 +4444,34 @@ PARAMETERS = {  # parameter, or function.parameter: (a right value, rows of wron
     "groups": (2, [
         *whole(1), *value_error("3 groups do not divide the 4 channels of y$", 3)
     ]),
+    **{f"conv1d.{name}": (2, whole(1)) for name in ("kernel", "stride", "dilation")},
+    "conv1d.padding": (1, [
+        *(row for row in whole(0) if not isinstance(row[0], str)),
+        *value_error("padding must be a number, 'same' or 'causal', got '", "full", "1"),
+        *value_error("padding 'same' goes with stride 1, got 2$", "same"),
+    ]),
+    "conv2d_transpose.padding": (1, [
+        *pair_of(0, "1"), *value_error("padding must be numbers, got 'same'$", "same")
+    ]),
+    "output_padding": (1, [
+        *pair_of(0), *value_error("output_padding must be less than stride or dilation, got", 2)
+    ]),
     **{f"{name}_pool2d.stride": (1, pair_of(1, None)) for name in ("max", "avg")},
     **{f"{name}_pool2d.padding": (1, pair_of(0) + value_error(HALF, (2, 1), (1, 2), 2))
        for name in ("max", "avg")},
-    "*layers": ((nn.relu(),), [((bad,), kind, f"0 {words}") for bad, kind, words in NO_LAYERS]),
-    "**named_layers": ({"a": nn.relu()}, [
+    **dict.fromkeys(("*layers", "*branches"), ((nn.relu(),), [
+        ((bad,), kind, f"0 {words}") for bad, kind, words in NO_LAYERS])),
+    **dict.fromkeys(("**named_layers", "**named"), ({"a": nn.relu()}, [
         *(({"a": bad}, kind, f"a {words}") for bad, kind, words in NO_LAYERS),
         *(({name: nn.relu()}, ValueError, f"a layer cannot be called '{name}'")
-          for name in ("0", "key", "statistics", "", "a/b")),
+          for name in ("key", "statistics", "", "a/b")),
+    ])),
+    "axis": (1, [
+        *type_error("must be a whole number, got", *NO_NUMBERS, 1.5),
+        *value_error("must be at least -64, got", -65), *value_error("axis must not be 0", 0),
     ]),
+    "weights": (np.array([1, 0.5]), no_weights),
+    "drop_last": (False, NO_BOOLS),
     **dict.fromkeys(("branch", "shortcut"), (nn.relu(), NO_LAYERS)),
     "training.params": ({}, dicts),
     "update_statistics.params": (RUNNING, no_running),
@@ -3559,13 +4516,29 @@ PARAMETERS = {  # parameter, or function.parameter: (a right value, rows of wron
         (bad, kind, f"^hinge: {words}") for bad, kind, words in no_labels(right)]),
     "data_parallel().target": (LABELS, lambda labels: [
         *type_error("target must be an array", None, [0, 2], np.array(0)),
-        *value_error("x has 2 samples, but target [13]$", labels[:1], np.zeros(3, int)),
+        *value_error("the numbers of samples differ, {'x': 2, 'target': [13]}$",
+                     labels[:1], np.zeros(3, int)),
     ]),
     "value_and_grad": (nn.value_and_grad(NET, nn.hinge), NO_GRADIENTS_OR_MAP),
     "map": (map, NO_GRADIENTS_OR_MAP),
     "images": (np.ones((2, 2, 5, 5)), no_images),
     **dict.fromkeys(("shift", "elastic"), (0.1, number(r">= 0 and <= 1e\+09", -1.0, math.inf))),
     "rotation": (0.1, number(">= 0 and <= 180", -1.0, 181)),
+    "*shape": ((3, 4), [
+        *type_error("every size in shape must be a whole number, got", (1.5,), ((3, 4),), ("a",)),
+        *value_error("every size in shape must be at least 1, got", (0,), (3, -1)),
+    ]),
+    "*axes": ((1, 0), [
+        *type_error("every axis must be a whole number, got", (1.5,), ((1, 0),), (None,)),
+        *value_error("every axis must be at least 0, got", (-1,), (0, -1)),
+        *value_error(r"axes must be 0, 1, \.\.\. in some order, got", (1,), (0, 0), (0, 2)),
+    ]),
+    "group_norm.groups": (2, whole(1)),
+    "upsample2d.factor": (2, pair_of(1)),
+    "exact": (True, NO_BOOLS),
+    "to_torch.params": (NET.init(0, (3,))[0], dicts),
+    "from_torch.state": (nn.to_torch(NET, NET.init(0, (3,))[0]), dicts),
+    "summary.shape": ((3,), [(bad, kind, f"^linear: {words}") for bad, kind, words in NO_SHAPES]),
     "path": ("a.npz", NO_PATHS),
     "ratio": (1, number(">= 1", 0.5, math.inf)),
 }  # fmt: skip
@@ -3624,24 +4597,35 @@ def right_call(name, function):
 
 def called(function, arguments):
     """The result of a function for arguments by name, those with stars spread out."""
-    starred = [value for name, value in arguments.items() if name[:1] == "*" != name[1:2]]
-    named = {name: value for name, value in arguments.items() if not name.startswith("*")}
-    if starred:
-        return function(*named.values(), *starred[0], **arguments.get("**named_layers", {}))
-    return function(**named)
+    names, positional, options = list(arguments), [], {}
+    starred = [name for name in names if name[:1] == "*" != name[1:2]]
+    for name, value in arguments.items():
+        if name.startswith("**"):
+            options |= value
+        elif name in starred:
+            positional += value
+        elif starred and names.index(name) < names.index(starred[0]):
+            positional.append(value)
+        else:
+            options[name] = value
+    return function(*positional, **options)
 
 
 DEFAULTS = {
     "leaky_relu": [0.01], "elu": [1.0], "batch_norm": [1e-5], "layer_norm": [1e-5],
-    "linear": [nn.he_normal, True], "rnn": [False], "gru": [False], "lstm": [False],
-    "attention": [False], "conv2d": [1, 0, 1, 1, nn.he_normal, True],
+    "group_norm": [1e-5], "gelu": [False],
+    "linear": [nn.he_normal, True], "conv2d": [1, 0, 1, 1, nn.he_normal, True],
+    "conv1d": [1, 0, 1, 1, nn.he_normal, True],
+    "conv2d_transpose": [1, 0, 0, 1, 1, nn.he_normal, True],
+    "rnn": [False], "gru": [False], "lstm": [False], "attention": [False],
     "max_pool2d": [None, 0], "avg_pool2d": [None, 0], "update_statistics": [0.1],
-    "softmax_cross_entropy": [0.0], "hinge": [1.0], "huber": [1.0], "sgd": [0.0, False, 0.0],
+    "softmax_cross_entropy": [0.0, None], "hinge": [1.0, None], "huber": [1.0, None],
+    "concatenate": [1], "batches": [False], "sgd": [0.0, False, 0.0],
     "adam": [1e-3, 0.9, 0.999, 1e-8, 0.0], "adamw": [1e-3, 0.9, 0.999, 1e-8, 0.01],
     "rmsprop": [0.01, 0.99, 1e-8, 0.0, 0.0], "adagrad": [0.01, 1e-10, 0.0],
     "adadelta": [1.0, 0.9, 1e-6, 0.0], "step_decay": [0.1], "multistep": [0.1], "cosine": [0.0],
     "one_cycle": [0.3], "reduce_on_plateau": [0.5, 10, 1e-3], "check_gradients": [1e-5, 0],
-    "augment": [2.0, 10.0, 0.1, 0.1, 0.0],
+    "augment": [2.0, 10.0, 0.1, 0.1, 0.0, 0.0],
 }  # fmt: skip
 
 
@@ -3690,7 +4674,7 @@ def test_every_row_about_a_parameter_is_used():
 
 def test_only_the_first_obvious_options_of_layers_are_positional():
     by_position = {"out", "kernel", "size", "slope", "alpha", "rate", "branch", "shortcut"}
-    by_position |= {"count", "units", "heads"}
+    by_position |= {"groups", "factor", "count", "units", "heads"}
     for name in LAYERS:
         for parameter in inspect.signature(getattr(nn, name)).parameters.values():
             if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
@@ -3700,6 +4684,8 @@ def test_only_the_first_obvious_options_of_layers_are_positional():
         lambda: nn.linear(3, nn.zeros),
         lambda: nn.batch_norm(16),
         lambda: nn.layer_norm(1e-5),
+        lambda: nn.group_norm(2, 6),
+        lambda: nn.gelu(True),
         lambda: nn.max_pool2d(2, 2),
         lambda: nn.avg_pool2d(2, 2),
         lambda: nn.embedding(4, 3, nn.zeros),
@@ -3812,7 +4798,8 @@ def test_every_argument_of_a_layer_is_refused_if_it_is_wrong(name, data):
             check(layer.init, (0, replaced(shape, path, bad)), kind, words)
     for path, leaf in leaves(x).items():
         for bad in no_arrays(leaf):
-            check(layer.forward, (params, replaced(x, path, bad)), TypeError, ".* must be ")
+            if path or name != "concatenate" or not isinstance(bad, dict):  # which is another input
+                check(layer.forward, (params, replaced(x, path, bad)), TypeError, ".* must be ")
         nothing = replaced(x, path, np.ones((), leaf.dtype))
         check(layer.forward, (params, nothing), ValueError, r".*: x must .*, got shape \(\)")
     for bad, kind, words, resized in wrong_params(params, LAYERS[name]):
@@ -3844,7 +4831,8 @@ def test_every_argument_of_a_layer_is_refused_if_it_is_wrong(name, data):
 
 # --- misuse: what does not fit together, and what is said of it ---
 
-LINEAR, CONV = nn.linear(9), nn.conv2d(4, 3, groups=2)
+LINEAR, THREE, CONV = nn.linear(9), nn.linear(3), nn.conv2d(4, 3, groups=2)
+CONV1D, TRANSPOSE = nn.conv1d(4, 3, groups=2), nn.conv2d_transpose(4, 3, groups=2)
 FEATURES = {"gamma": (3,), "beta": (3,)}
 CHANNELS = {**FEATURES, "mean": (3,), "var": (3,)}
 GRU = {"W": (2, 9), "U": (3, 9), "b": (9,), "c": (9,)}
@@ -3865,12 +4853,16 @@ DOES_NOT_FIT: list = [  # (layer, shape of x, shapes of its params, what is said
     (nn.softmax(), (4,), {}, "x must be (N, ..., classes), got shape (4,)"),
     (nn.log_softmax(), (2, 3, 0), {}, "x must be (N, ..., classes), got shape (2, 3, 0)" + EMPTY),
     (nn.layer_norm(), (4,), FEATURES, "x must be (N, ..., in), got shape (4,)"),
+    (nn.group_norm(2), (2, 3), FEATURES, "2 groups do not divide the 3 channels of x"),
+    (nn.reshape(5, 2), (2, 11), {}, "a sample of shape (11,) does not fit in (5, 2)"),
+    (nn.permute(1, 0), (2, 3), {}, "a sample of shape (3,) does not have axes (1, 0)"),
     (nn.layer_norm(), (2, 3, 0), FEATURES, "x must be (N, ..., in), got shape (2, 3, 0)" + EMPTY),
     *(
         (layer, (2, 3), {**entries, name: (size,)}, f"x has 3 {what}, but {name} takes {size}")
         for layer, entries, what in [
             (nn.layer_norm(), FEATURES, "features"),
             (nn.batch_norm(), CHANNELS, "channels"),
+            (nn.group_norm(1), FEATURES, "channels"),
         ]
         for name in entries
         for size in (1, 2, 4)
@@ -3895,6 +4887,13 @@ DOES_NOT_FIT: list = [  # (layer, shape of x, shapes of its params, what is said
      "params have unknown entries ['c'], expected ['U', 'W', 'b']"),
     (CONV, (1, 3, 5, 5), {"W": (4, 1, 3, 3)}, "x has 3 channels, but W takes 2"),
     (CONV, (1, 1, 5, 5), {"W": (4, 1, 3, 3)}, "x has 1 channels, but W takes 2"),
+    (CONV1D, (1, 3, 5), {"W": (4, 1, 3)}, "x has 3 channels, but W takes 2"),
+    (CONV1D, (1, 2, 5), {"W": (3, 1, 3)}, "W must be (out, in/2, k), got shape (3, 1, 3)"),
+    (CONV1D, (1, 2, 5), {"W": (4, 1, 3, 3)}, "W must be (out, in, k), got shape (4, 1, 3, 3)"),
+    (CONV1D, (2, 5), {"W": (4, 1, 3)}, "x must be (N, C, T), got shape (2, 5)"),
+    (TRANSPOSE, (1, 3, 5, 5), {"W": (3, 2, 3, 3)}, "2 groups do not divide the 3 channels of x"),
+    (TRANSPOSE, (1, 2, 5, 5), {"W": (4, 2, 3, 3)}, "x has 2 channels, but W takes 4"),
+    (TRANSPOSE, (1, 2, 5, 5), {"W": (2, 2, 3, 3), "b": (2,)}, "W has 4 outputs, but b takes 2"),
     (CONV, (1, 2, 5, 5), {"W": (4, 1, 3, 3), "b": (3,)}, "W has 4 outputs, but b takes 3"),
     *(
         (CONV, (1, 2, 5, 5), {"W": shape}, f"W must be (out, {fan}, kh, kw), got shape {shape}")
@@ -3909,6 +4908,7 @@ DOES_NOT_FIT: list = [  # (layer, shape of x, shapes of its params, what is said
             (nn.max_pool2d(2), {}),
             (nn.avg_pool2d(2), {}),
             (nn.global_avg_pool2d(), {}),
+            (nn.upsample2d(2), {}),
         ]
         for shape, hint in [
             ((2, 5, 5), "; a single image needs x[None], gray images need x[:, None]"),
@@ -3938,7 +4938,19 @@ NOT_A_SHAPE_OF_IT = [  # (layer, shape that init refuses, what is said after the
         for shape in ((), (2, 2), (1, 2, 3, 4))
     ),
     (CONV, (5, 5), "shape must be (C, H, W), got (5, 5)"),
+    (nn.conv1d(3, 3), (5,), "shape must be (C, T), got (5,)"),
+    (nn.conv1d(3, 3, groups=3), (4, 6), "3 groups do not divide the 4 channels of x"),
+    (nn.conv1d(3, 3, dilation=3), (4, 6),
+     "the window covers 7 steps, but the padded sequence has 6"),
+    (TRANSPOSE, (5, 5), "shape must be (C, H, W), got (5, 5)"),
+    (TRANSPOSE, (3, 5, 5), "2 groups do not divide the 3 channels of x"),
+    (nn.conv2d_transpose(1, 3, padding=2), (1, 2, 3), "y would have 0 x 1 pixels"),
     (nn.conv2d(3, 3, groups=3), (4, 6, 7), "3 groups do not divide the 4 channels of x"),
+    (nn.group_norm(3), (4, 6, 7), "3 groups do not divide the 4 channels of x"),
+    (nn.group_norm(3), (), "shape must be (C, ...), got ()"),
+    (nn.reshape(5, 2), (3, 4), "a sample of shape (3, 4) does not fit in (5, 2)"),
+    (nn.permute(1, 0), (3,), "a sample of shape (3,) does not have axes (1, 0)"),
+    (nn.last(), (), "shape must be (T, ...), got ()"),
     (nn.conv2d(3, 9, padding=1), (4, 6, 7),
      "the window covers 9 x 9 pixels, but the padded image has 8 x 9"),
     (nn.conv2d(3, 3, dilation=(3, 1)), (4, 6, 7),
@@ -3948,6 +4960,9 @@ NOT_A_SHAPE_OF_IT = [  # (layer, shape that init refuses, what is said after the
 
 def forward_of_ones(layer, shape, shapes):
     return layer.forward({name: np.ones(sizes) for name, sizes in shapes.items()}, np.ones(shape))
+
+
+TWO_INPUTS = nn.concatenate(a=nn.relu(), b=nn.relu())
 
 
 def attend(heads, shape, D, **changed):
@@ -3972,17 +4987,49 @@ SENTENCES: list = [  # (call, exception, what is said)
       for pool in (nn.max_pool2d, nn.avg_pool2d)),
     *((partial(layer.init, 0, (5, 5)), ValueError, f"{name}: shape must be (C, H, W), got (5, 5)")
       for name, layer in {"max_pool2d": nn.max_pool2d(2), "avg_pool2d": nn.avg_pool2d(2),
-                          "global_avg_pool2d": nn.global_avg_pool2d()}.items()),
+                          "global_avg_pool2d": nn.global_avg_pool2d(),
+                          "upsample2d": nn.upsample2d(2)}.items()),
     (lambda: nn.sgd(0.1).step(nn.training({}, 0), {}, nn.sgd(0.1).init({})), ValueError,
      "sgd: params hold a key; pass the plain params, not training(...)"),
     (lambda: nn.save("x.npz", nn.training({}, 0)), ValueError,
      "save: params hold a key; save the plain params, not training(...)"),
     (lambda: UNTYPED.linear(2.5), TypeError, "linear: out must be a whole number, got 2.5"),
+    (lambda: nn.sequential(nn.relu(), **{"0": nn.relu()}), ValueError,
+     "sequential: a layer cannot be called '0'"),
     (lambda: UNTYPED.sequential(3), TypeError, "sequential: 0 must be a layer, but 3 has no init"),
     (lambda: UNTYPED.sequential(types.SimpleNamespace(init=print)), TypeError,
      "sequential: 0 must be a layer, but SimpleNamespace has no forward"),
     (lambda: UNTYPED.value_and_grad(None, nn.hinge), TypeError,
      "value_and_grad: net must be a layer, but None has no forward"),
+    *((constructor, ValueError, f"{constructor.__name__}: expected at least one layer")
+      for constructor in (nn.concatenate, nn.heads)),
+    *((partial(nn.concatenate(nn.relu(), layer, axis=axis).init, 0, shape), ValueError,
+       f"concatenate: outputs do not fit along axis {axis}: {{'0': {first}, '1': {second}}}")
+      for layer, axis, shape, first, second in [
+          (nn.flatten(), 1, (2, 3), ("N", 2, 3), ("N", 6)),
+          (nn.linear(2), 1, (4, 3), ("N", 4, 3), ("N", 4, 2)),
+          (nn.relu(), -2, (3,), ("N", 3), ("N", 3)),
+          (nn.relu(), 2, (3,), ("N", 3), ("N", 3)),
+          (nn.heads(a=nn.relu()), 1, (3,), ("N", 3), {"a": (3,)}),
+      ]),
+    (lambda: TWO_INPUTS.init(0, {"a": (3,)}), ValueError,
+     "concatenate: shape has ['a'], expected ['a', 'b']"),
+    (lambda: TWO_INPUTS.forward({}, {"a": Z, "c": Z}), ValueError,
+     "concatenate: x has ['a', 'c'], expected ['a', 'b']"),
+    (lambda: TWO_INPUTS.forward({}, {"a": Z, "b": Z[:1]}), ValueError,
+     "concatenate: outputs do not fit along axis 1: {'a': (2, 3), 'b': (1, 3)}"),
+    (lambda: TWO_INPUTS.backward({}, {"a": Z, "b": Z}, Z), ValueError,
+     "concatenate: cache has ['a', 'b'], expected ['a', 'axis', 'b']"),
+    (lambda: nn.heads(a=nn.relu()).backward({}, {"a": Z}, Z), ValueError,
+     "heads: dy has ndarray of float64 and shape (2, 3), expected ['a']"),
+    (lambda: nn.heads(a=nn.relu(), b=nn.relu()).backward({}, {"a": Z, "b": Z}, {"a": Z}),
+     ValueError, "heads: dy has ['a'], expected ['a', 'b']"),
+    (lambda: nn.linear(3).init(0, {"a": (3,)}), TypeError,
+     "linear: shape must be a tuple without the batch axis, got dict"),
+    (lambda: nn.batches(4, 5, 0, drop_last=True), ValueError,
+     "batches: 4 samples make no whole batch of 5"),
+    (lambda: nn.update_statistics({"0": {"mean": Z}}, {"1": {"statistics": {"mean": Z}}}),
+     ValueError, "update_statistics: the cache has statistics of 'mean', which params lack"),
     (lambda: nn.softmax_cross_entropy(Z, np.array([0, 3])), ValueError,
      "softmax_cross_entropy: labels must be from 0 to 2, got 0 to 3"),
     (lambda: nn.softmax_cross_entropy(Z, np.ones((1, 3))), ValueError,
@@ -4041,6 +5088,39 @@ SENTENCES: list = [  # (call, exception, what is said)
     *((partial(layer.backward, {}, {}, Z), ValueError,
        f"{name_of(layer.forward)}: the cache is not its own, it holds []") for layer in
       (nn.dropout(0.5), nn.batch_norm(), nn.layer_norm(), nn.max_pool2d(1))),
+    *((partial(nn.from_torch, layer, {name: np.ones(shape) for name, shape in state.items()}),
+       ValueError, f"from_torch: {words}") for layer, state, words in [
+          (THREE, {"weight": (4, 5), "bias": (3,)}, "weight (4, 5) does not fit linear(3)"),
+          (THREE, {"weight": (3, 5), "bias": (4,)}, "bias (4,) does not fit linear(3)"),
+          (THREE, {"weight": (3,)}, "weight (3,) does not fit linear(3)"),
+          (THREE, {"weight": ()}, "weight () does not fit linear(3)"),
+          (THREE, {"weight": (3, 0)},
+           "weight (3, 0): linear: every size in shape must be at least 1, got 0"),
+          (THREE, {"weight": (3, 5), "b": ()}, "there is no entry 'bias' in ['b', 'weight']"),
+          (nn.linear(3, bias=False), {"weight": (3, 5), "bias": (3,)},
+           "no layer that PyTorch has takes the entries ['bias']"),
+          (nn.conv2d(4, 3), {"weight": (4, 2, 5, 5)},
+           "weight (4, 2, 5, 5) does not fit conv2d(4, 3)"),
+          (nn.conv2d(4, 3, groups=2), {"weight": (4,)},
+           "weight (4,) does not fit conv2d(4, 3, groups=2)"),
+          (nn.group_norm(4), {"weight": (6,), "bias": (6,)},
+           "weight (6,): group_norm: 4 groups do not divide the 6 channels of x"),
+          (nn.sequential(nn.relu()), {"0.weight": ()},
+           "no layer that PyTorch has takes the entries ['0.weight']"),
+      ]),
+    (lambda: UNTYPED.from_torch(THREE, {"weight": [1.0]}), TypeError,
+     "from_torch: weight must be a NumPy array, got list"),
+    (lambda: UNTYPED.from_torch(nn.relu(), {1: Z}), ValueError,
+     "from_torch: no layer that PyTorch has takes the entries ['1']"),
+    *((partial(nn.to_torch, THREE, {name: np.ones(shape) for name, shape in params.items()}),
+       ValueError, f"to_torch: {words}") for params, words in [
+          ({"W": (2, 3), "b": (2,)}, "b (2,) does not fit linear(3)"),
+          ({"W": (2, 4), "b": (3,)}, "W (2, 4) does not fit linear(3)"),
+          ({"W": (2, 3)}, "there is no entry 'b' in ['W']"),
+          ({"W": (2, 3), "b": (3,), "c": ()}, "no layer that PyTorch has takes the entries ['c']"),
+          ({"W": (2, 3), "b": (3,), "key": ()},
+           "no layer that PyTorch has takes the entries ['key']"),
+      ]),
 ]  # fmt: skip
 
 

@@ -108,6 +108,35 @@ def separable(nn: Any) -> Any:
     return nn.sequential(nn.conv2d(64, 3, padding=1, groups=64), nn.conv2d(128, 1))
 
 
+def transposed_convolution(nn: Any) -> Any:
+    """A convolution that doubles the size of an image, as in the second half of an autoencoder."""
+    return nn.conv2d_transpose(32, 4, stride=2, padding=1)
+
+
+def recurrent(nn: Any, layer: str) -> Any:
+    """A GRU or an LSTM of 128 units, and 10 classes from its last state."""
+    return nn.sequential(getattr(nn, layer)(128), nn.last(), nn.linear(10))
+
+
+def attention_block(nn: Any, causal: bool = False) -> Any:
+    """A block of a transformer, 64 wide, with the norms in the branches, as in GPT-2."""
+    attention = nn.sequential(nn.layer_norm(), nn.attention(4, causal=causal))
+    network = nn.sequential(nn.layer_norm(), nn.linear(256), nn.gelu(), nn.linear(64))
+    return nn.sequential(nn.residual(attention), nn.residual(network))
+
+
+def embedding(nn: Any, words: int) -> Any:
+    """A vector of 64 numbers for each word."""
+    return nn.embedding(words, 64)
+
+
+def transformer(nn: Any, words: int) -> Any:
+    """Two causal blocks between an embedding and the logits of the next word."""
+    blocks = [attention_block(nn, causal=True) for _ in range(2)]
+    ends = nn.layer_norm(), nn.linear(words)
+    return nn.sequential(nn.embedding(words, 64), nn.position_embedding(), *blocks, *ends)
+
+
 # ------------------------------------------------------------------------------------------------
 # Workloads
 # ------------------------------------------------------------------------------------------------
@@ -118,7 +147,8 @@ class Workload:
     """What is measured: a network, the shape of a sample, the size of the batch and the pass.
 
     `does` is "step", "gradients" (forward and backward, with the gradient of the input) or
-    "forward" (at inference).
+    "forward" (at inference). With `words`, the input is of whole numbers below it, and every one
+    has a label.
     """
 
     network: Callable[[Any], Any]
@@ -126,6 +156,7 @@ class Workload:
     batch: int
     does: str = "step"
     optimizer: str = "sgd"
+    words: int = 0
 
 
 # A row of the table is one entry here; a layer is looked up in purenn and in `torch_layers`.
@@ -149,6 +180,24 @@ WORKLOADS = {
     ),
     "depthwise 3x3 of 64 channels at 28x28, 1x1 to 128, forward + backward, batch 32": Workload(
         separable, (64, 28, 28), 32, "gradients"
+    ),
+    "transposed convolution 4x4, stride 2, 64 -> 32 at 14x14, forward + backward, batch 64": (
+        Workload(transposed_convolution, (64, 14, 14), 64, "gradients")
+    ),
+    "GRU of 128 units, 28 steps of 28, step, batch 64": Workload(
+        partial(recurrent, layer="gru"), (28, 28), 64
+    ),
+    "LSTM of 128 units, 28 steps of 28, step, batch 64": Workload(
+        partial(recurrent, layer="lstm"), (28, 28), 64
+    ),
+    "attention block, 64 positions, 4 heads, 64 wide, forward + backward, batch 32": Workload(
+        attention_block, (64, 64), 32, "gradients"
+    ),
+    "embedding of 10,000 words, 64 wide, 64 positions, forward + backward, batch 64": Workload(
+        partial(embedding, words=10_000), (64,), 64, "gradients", words=10_000
+    ),
+    "transformer of 2 blocks and 64 characters, 64 positions, Adam, step, batch 32": Workload(
+        partial(transformer, words=64), (64,), 32, optimizer="adam", words=64
     ),
     "MLP, one sample": Workload(mlp, FLAT, 1, "forward"),
     "5x5 network, one image": Workload(network_5x5, GRAY, 1, "forward"),
@@ -200,10 +249,13 @@ def measures(engine: str, workload: Workload) -> bool:
 
 
 def batch_of(workload: Workload) -> tuple[Any, Any]:
-    """(x, labels), float32 and int64."""
+    """(x, labels), float32 and int64; both int64 if they are words."""
     import numpy as np
 
     rng = np.random.default_rng(0)
+    if workload.words:
+        x, labels = rng.integers(0, workload.words, (2, workload.batch, *workload.shape))
+        return x, labels
     x = rng.normal(size=(workload.batch, *workload.shape)).astype(np.float32)
     return x, rng.integers(0, 10, workload.batch)
 
@@ -262,18 +314,65 @@ def purenn_case(workload: Workload, engine: str) -> Callable[[], object]:
 
 def torch_layers() -> Any:
     """PyTorch's modules by purenn's names; they infer the size of their input, as purenn's do."""
+    import torch
     from torch import nn
 
     class Residual(nn.Module):
         """branch(x) + shortcut(x)."""
 
-        def __init__(self, branch: Any, shortcut: Any) -> None:
+        def __init__(self, branch: Any, shortcut: Any = nn.Identity()) -> None:
             super().__init__()
             self.branch, self.shortcut = branch, shortcut
 
         def forward(self, x: Any) -> Any:
             """The sum of both."""
             return self.branch(x) + self.shortcut(x)
+
+    class Lazy(nn.Module):
+        """A module that is made when the shape of a sample is known; the first of its outputs."""
+
+        def __init__(self, make: Callable) -> None:
+            super().__init__()
+            self.make = make
+
+        def forward(self, x: Any) -> Any:
+            """What the module makes of x."""
+            if not hasattr(self, "module"):
+                self.module = self.make(x.shape[1:])
+            y = self.module(x)
+            return y[0] if isinstance(y, tuple) else y
+
+    class Attention(nn.Module):
+        """As `MultiheadAttention`, which takes longer."""
+
+        def __init__(self, width: int, heads: int, causal: bool) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.heads, self.causal = heads, causal
+
+        def forward(self, x: Any) -> Any:
+            """Self-attention over x (N, T, D)."""
+            q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    class Positions(nn.Module):
+        """x + P."""
+
+        def __init__(self, shape: tuple[int, ...]) -> None:
+            super().__init__()
+            self.P = nn.Parameter(0.02 * torch.randn(*shape))
+
+        def forward(self, x: Any) -> Any:
+            """The sum."""
+            return x + self.P
+
+    class Last(nn.Module):
+        """The last position."""
+
+        def forward(self, x: Any) -> Any:
+            """(N, D) of (N, T, D)."""
+            return x[:, -1]
 
     return types.SimpleNamespace(
         sequential=nn.Sequential,
@@ -288,6 +387,15 @@ def torch_layers() -> Any:
         flatten=nn.Flatten,
         relu=nn.ReLU,
         tanh=nn.Tanh,
+        gelu=partial(nn.GELU, "tanh"),
+        conv2d_transpose=nn.LazyConvTranspose2d,
+        embedding=nn.Embedding,
+        position_embedding=partial(Lazy, Positions),
+        layer_norm=lambda: Lazy(lambda shape: nn.LayerNorm(shape[-1])),
+        attention=lambda heads, causal: Lazy(lambda shape: Attention(shape[-1], heads, causal)),
+        gru=lambda units: Lazy(lambda shape: nn.GRU(shape[-1], units, batch_first=True)),
+        lstm=lambda units: Lazy(lambda shape: nn.LSTM(shape[-1], units, batch_first=True)),
+        last=Last,
     )
 
 
@@ -314,7 +422,10 @@ def torch_case(workload: Workload, engine: str) -> Callable[[], object]:
     if workload.does == "forward":
         return torch_forward(net, x)
     if workload.does == "gradients":
-        return partial(torch_gradients, net, x.requires_grad_(), torch.ones_like(net(x)))
+        x.requires_grad_(not workload.words)
+        return partial(torch_gradients, net, x, torch.ones_like(net(x)))
+    if workload.words:  # PyTorch's loss wants the classes in axis 1
+        net, labels = torch.nn.Sequential(net, torch.nn.Flatten(0, -2)), labels.flatten()
     sgd = partial(torch.optim.SGD, momentum=0.9)
     optimizers = {"sgd": sgd, "adam": torch.optim.Adam}
     return torch_step(

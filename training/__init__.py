@@ -11,7 +11,7 @@ command_line a command line from a record of options
 options      every option with its default
 choices      what options stand for: loss, optimizer, schedule, augmentation
 team         workers and MPI ranks
-prediction   the network at inference, layer by layer, its summary
+prediction   the network at inference, layer by layer
 loop         the training loop
 checkpoints  run folders: model, metrics, run.json, checkpoint
 classification classes of images by a network from its run folder

@@ -209,8 +209,9 @@ def take_step(
     loss, grads, cache = total.values()
     params, state = optimizer.step(progress.params, grads, progress.state)
     measured = np.array([loss, cache["statistics"]["measured"], 1]) * len(index)
+    trained = {name: part for name, part in cache.items() if name in grads}  # not what is frozen
     return progress._replace(
-        params=nn.update_statistics(params, cache),
+        params=nn.update_statistics(params, trained),
         state=state,
         step=progress.step + 1,
         sums=progress.sums + measured,

@@ -1,4 +1,4 @@
-"""The network at inference: its output, the outputs of its layers, and what it is made of."""
+"""The network at inference: its output, and the outputs of its layers."""
 
 from __future__ import annotations
 
@@ -57,25 +57,3 @@ def first_not_finite(net: nn.Layer, params: nn.Tree, batch: np.ndarray) -> str:
 def format_shape(batch: np.ndarray) -> str:
     """The shape of one sample, as in 1x28x28."""
     return "x".join(map(str, batch.shape[1:]))
-
-
-def kind_of(layer: nn.Layer) -> str:
-    """The name of the function that made a layer."""
-    forward: Any = layer.forward
-    function = forward.func if isinstance(forward, partial) else forward
-    return str(function.__name__).removesuffix("_forward")
-
-
-def summary(net: nn.Layer, params: nn.Tree, trained: nn.Tree, x: np.ndarray) -> str:
-    """A table of the layers: names, what they are, what they make of one x, numbers to train."""
-    rows = [("layer", "kind", "output", "parameters"), ("input", "", format_shape(x), "")]
-    layers = layers_of(net)
-    for name, y in layer_outputs(net, params, x):
-        parameters = f"{nn.count_parameters(trained.get(name, {})):,}"
-        rows.append((name, kind_of(layers[name]), format_shape(y), parameters))
-    rows.append(("total", "", "", f"{nn.count_parameters(trained):,}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([*map(str.ljust, row[:3], widths), row[3].rjust(widths[3])]).rstrip()
-        for row in rows
-    )

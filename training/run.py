@@ -23,7 +23,7 @@ from training.command_line import chosen_values, format_command, new_parser, par
 from training.datasets import Dataset, choose_test, load_data, prepare, sine, split_off
 from training.loop import Experiment, Progress
 from training.options import Options
-from training.prediction import format_shape, summary
+from training.prediction import format_shape
 from training.team import Team, all_ranks, describe_team, one_rank_first, open_team
 
 Chosen = TypeVar("Chosen", bound=Options)
@@ -172,7 +172,7 @@ def train_and_test(experiment: Experiment, source: str | None, script: Script) -
     params = loop.first_params(experiment)
     trained = loop.trained_entries(experiment, params)
     if options.summary:
-        print(summary(experiment.net, params, trained, experiment.data["x_train"][:1]))
+        print(nn.summary(experiment.net, experiment.data["x_train"].shape[1:]))
     print(describe_data(experiment, source, nn.count_parameters(trained)))
     print(describe_team(experiment.team), flush=True)
     optimizer = choose_optimizer(options, loop.epoch_steps_of(experiment))

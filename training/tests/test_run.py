@@ -68,9 +68,8 @@ def test_what_is_printed_of_a_run(blob_file, capsys, monkeypatch):
 def test_the_summary_comes_first(blob_file, capsys):
     assert train_on(blob_file, "--summary", "--epochs", "0", "--train-only", "out") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["layer", "kind", "output", "parameters"]
     total = next(line for line in lines if line.startswith("total"))
-    assert total.split()[1] == "36"
+    assert all(len(line) == len(total) for line in lines[: lines.index(total)])
     assert "36 parameters to train" in lines[lines.index(total) + 1]
 
 
