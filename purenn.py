@@ -1520,9 +1520,9 @@ def embedding_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 def embedding_backward(params: Tree, cache: Array, dy: Array) -> tuple[None, Tree]:
     """dW[i] = Σ of dy where x is i; dx is None."""
     (count, size), x, rows = params["W"].shape, cache.ravel(), dy.reshape(-1, dy.shape[-1])
-    dW, last, order = np.zeros((count, size), dy.dtype), np.zeros(count, int), np.arange(len(x))
-    dW[x], last[x] = rows, order  # of rows for the same i, the last one stays
-    others = np.flatnonzero(last[x] != order)
+    dW, stays, order = np.zeros((count, size), dy.dtype), np.zeros(count, int), np.arange(len(x))
+    dW[x], stays[x] = rows, order  # of rows for the same i, the last one
+    others = np.flatnonzero(stays[x] != order)
     entries = np.add.outer(x[others].astype(np.intp) * size, np.arange(size))
     np.add.at(dW.reshape(-1), entries.ravel(), rows[others].ravel())  # entry by entry it is fastest
     return None, {"W": dW}
