@@ -1519,12 +1519,12 @@ def embedding_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 @_EMBEDDING.backward()
 def embedding_backward(params: Tree, cache: Array, dy: Array) -> tuple[None, Tree]:
     """dW[i] = Σ of dy where x is i; dx is None."""
-    (count, size), x, rows = params["W"].shape, cache.ravel(), dy.reshape(-1, dy.shape[-1])
+    (count, size), x, rows = params["W"].shape, cache.ravel(), dy.reshape(cache.size, dy.shape[-1])
     dW, stays, order = np.zeros((count, size), dy.dtype), np.zeros(count, int), np.arange(len(x))
     dW[x], stays[x] = rows, order  # of rows for the same i, the last one
-    others = np.flatnonzero(stays[x] != order)
+    others = stays[x] != order
     entries = np.add.outer(x[others].astype(np.intp) * size, np.arange(size))
-    np.add.at(dW.reshape(-1), entries.ravel(), rows[others].ravel())  # entry by entry it is fastest
+    np.add.at(dW.ravel(), entries.ravel(), rows[others].ravel())  # entry by entry it is fastest
     return None, {"W": dW}
 
 
@@ -1650,7 +1650,7 @@ def gru_forward(params: Tree, x: Array, *, order: int) -> tuple[Array, Tree]:
     Each has its third of a = x[t] W + b and u = h[t-1] U + c; x is (N, T, D), y (N, T, units).
     """
     y, h, gates, U = _recurrent_start(params, x, order)
-    c, u_n = params["c"].reshape(3, 1, -1), np.empty_like(h[1:])
+    c, u_n = params["c"].reshape(3, 1, h.shape[2]), np.empty_like(h[1:])
     for t in range(len(u_n)):
         (r, z, n), u = gates[:, t], h[t] @ U + c
         gates[:2, t] = 1 / (1 + np.exp(-gates[:2, t] - u[:2]))
