@@ -127,19 +127,12 @@ def _whole(where: str, name: str, value: Any, minimum: int) -> int:
     return int(value)
 
 
-def _check_bool(where: str, name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{where}: {name} must be True or False, got {_kind(value)}")
+_KINDS = {bool: "True or False", dict: "a dict", Callable: "a function"}
 
 
-def _check_function(where: str, name: str, value: Any) -> None:
-    if not callable(value):
-        raise TypeError(f"{where}: {name} must be a function, got {_kind(value)}")
-
-
-def _check_dict(where: str, name: str, value: Any) -> None:
-    if not isinstance(value, dict):
-        raise TypeError(f"{where}: {name} must be a dict, got {_kind(value)}")
+def _check_kind(where: str, name: str, value: Any, kind: Any) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{where}: {name} must be {_KINDS[kind]}, got {_kind(value)}")
 
 
 def _is_array(x: Any) -> bool:
@@ -218,7 +211,7 @@ def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
 
     All trees have the same names, else ValueError. Everything that is not a dict is a leaf.
     """
-    _check_function("tree_map", "f", f)
+    _check_kind("tree_map", "f", f, Callable)
     if not trees:
         raise TypeError("tree_map: expected at least one tree")
     if not any(isinstance(tree, dict) for tree in trees):
@@ -232,7 +225,7 @@ def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
 
 def _flatten(where: str, what: str, tree: Any) -> dict[str, Any]:
     """`tree_flatten`, with errors that say what the tree is."""
-    _check_dict(where, what, tree)
+    _check_kind(where, what, tree, dict)
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if not isinstance(name, str):
@@ -267,7 +260,7 @@ def tree_unflatten(flat: dict[str, Any]) -> Tree:
 
     ValueError where one name is both a leaf and a branch, or nested deeper than 100.
     """
-    _check_dict("tree_unflatten", "flat", flat)
+    _check_kind("tree_unflatten", "flat", flat, dict)
     tree: Tree = {}
     for path, leaf in flat.items():
         if not isinstance(path, str):
@@ -406,7 +399,7 @@ def training(params: Tree, key: Key) -> Tree:
     Combinators hand each child a key of its own; `dropout` draws its mask from
     it, and `batch_norm` takes the statistics of the batch. Params without a key mean inference.
     """
-    _check_dict("training", "params", params)
+    _check_kind("training", "params", params, dict)
     return {**params, "key": _key_array(key)}
 
 
@@ -618,7 +611,7 @@ def _axes(*forms: Sequence[str]) -> str:
 
 def _check_names(where: str, params: Any, known: Iterable[str]) -> None:
     """Refuse params that are not a dict or have an entry of another layer."""
-    _check_dict(where, "params", params)
+    _check_kind(where, "params", params, dict)
     unknown = sorted(map(str, params.keys() - known - {"key"}))
     if unknown:
         expected = sorted(known)
@@ -628,7 +621,7 @@ def _check_names(where: str, params: Any, known: Iterable[str]) -> None:
 def _entry(where: str, tree: Tree, name: str, dtype: np.dtype[Any] | None = None) -> Array:
     """The array `tree[name]`, in `dtype` if one is given."""
     if name not in tree:
-        _check_dict(where, parent := name.rpartition("/")[0], tree.get(parent, {}))
+        _check_kind(where, parent := name.rpartition("/")[0], tree.get(parent, {}), dict)
         raise ValueError(f"{where}: there is no entry {name!r} in {_names(tree)}")
     _check_array(where, name, tree[name])
     return tree[name].astype(dtype or tree[name].dtype, copy=False)
@@ -715,7 +708,7 @@ class _Form:
             if type(x) is not ndarray or x.dtype.char not in characters:
                 _check_array(layer, what, x, self.kind)
             if type(params) is not dict:
-                _check_dict(layer, "params", params)
+                _check_kind(layer, "params", params, dict)
             params = _flatten(layer, "params", params) if nested else params
             dtype = _entry(layer, params, names[0]).dtype if whole else x.dtype
             shapes, unknown = [x.shape], len(params) - ("key" in params)
@@ -789,8 +782,8 @@ _LINEAR = _Form("N ... in", y="N ... out", W="in out", b_="out")
 
 def _weight_options(where: str, out: Any, init: Any, bias: Any) -> dict[str, Any]:
     """The options of layers with weights, checked."""
-    _check_bool(where, "bias", bias)
-    _check_function(where, "init", init)
+    _check_kind(where, "bias", bias, bool)
+    _check_kind(where, "init", init, Callable)
     return {"out": _whole(where, "out", out, 1), "init": init, "bias": bias}
 
 
@@ -1127,7 +1120,7 @@ def gelu_backward(params: Tree, cache: Tree, dy: Array, *, exact: bool) -> Gradi
 @_constructor
 def gelu(*, exact: bool = False) -> Layer:
     """x · Φ(x) (Hendrycks and Gimpel 2016), or its tanh form, which is 20 times faster."""
-    _check_bool("gelu", "exact", exact)
+    _check_kind("gelu", "exact", exact, bool)
     return _without_params(gelu_forward, gelu_backward, exact=exact)
 
 
@@ -1485,7 +1478,7 @@ _EMBEDDING = _Form("whole: N ...", y="N ... size", W="count size")
 def embedding_init(key: Key, shape: Shape, *, W: Shape, init: Initializer) -> tuple[Tree, Shape]:
     """W (count, size) from `init`; shape (...) becomes (..., size)."""
     shape = _EMBEDDING.shape("embedding", shape)
-    return _weights("embedding", key, init, W, 1, bias=False), (*shape, W[1])
+    return _weights("embedding", key, init, W, W[1], bias=False), (*shape, W[1])
 
 
 @_EMBEDDING.forward
@@ -1500,12 +1493,12 @@ def embedding_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 @_EMBEDDING.backward()
 def embedding_backward(params: Tree, cache: Array, dy: Array) -> tuple[None, Tree]:
     """dW[i] = Σ of dy where x is i; dx is None."""
-    (count, size), x, rows = params["W"].shape, cache.ravel(), dy.reshape(-1, dy.shape[-1])
-    dW, last, order = np.zeros((count, size), dy.dtype), np.zeros(count, int), np.arange(len(x))
-    dW[x], last[x] = rows, order  # of rows for the same i, the last one stays
-    others = np.flatnonzero(last[x] != order)
+    (count, size), x, rows = params["W"].shape, cache.ravel(), dy.reshape(cache.size, dy.shape[-1])
+    dW, stays, order = np.zeros((count, size), dy.dtype), np.zeros(count, int), np.arange(len(x))
+    dW[x], stays[x] = rows, order  # of rows for the same i, the last one
+    others = stays[x] != order
     entries = np.add.outer(x[others].astype(np.intp) * size, np.arange(size))
-    np.add.at(dW.reshape(-1), entries.ravel(), rows[others].ravel())  # entry by entry it is fastest
+    np.add.at(dW.ravel(), entries.ravel(), rows[others].ravel())  # entry by entry it is fastest
     return None, {"W": dW}
 
 
@@ -1516,7 +1509,7 @@ def embedding(count: int, size: int, *, init: Initializer = normal(1.0)) -> Laye
     y and grads have the dtype of W. TypeError for floats, ValueError outside 0 to count - 1.
     """
     W = _whole("embedding", "count", count, 1), _whole("embedding", "size", size, 1)
-    _check_function("embedding", "init", init)
+    _check_kind("embedding", "init", init, Callable)
     return Layer(partial(embedding_init, W=W, init=init), embedding_forward, embedding_backward)
 
 
@@ -1526,7 +1519,7 @@ _POSITION_EMBEDDING = _Form("N T D", P="positions D")
 def position_embedding_init(key: Key, shape: Shape, *, init: Initializer) -> tuple[Tree, Shape]:
     """P (T, D) from `init`, for shape (T, D)."""
     shape = _POSITION_EMBEDDING.shape("position_embedding", shape)
-    return {"P": _weights("position_embedding", key, init, shape, 1, bias=False)["W"]}, shape
+    return {"P": _weights("position_embedding", key, init, shape, 0, bias=False)["W"]}, shape
 
 
 @_POSITION_EMBEDDING.forward
@@ -1547,7 +1540,7 @@ def position_embedding_backward(params: Tree, cache: Array, dy: Array) -> tuple[
 @_constructor
 def position_embedding(*, init: Initializer = normal(0.02)) -> Layer:
     """x (N, T, D) plus a trained vector for each position; ValueError beyond those of `init`."""
-    _check_function("position_embedding", "init", init)
+    _check_kind("position_embedding", "init", init, Callable)
     layer_init = partial(position_embedding_init, init=init)
     return Layer(layer_init, position_embedding_forward, position_embedding_backward)
 
@@ -1594,7 +1587,7 @@ def _recurrent_gradients(
 
 
 def _recurrent(where: str, form: _Form, gates: int, units: Any, reverse: Any, *both: Any) -> Layer:
-    _check_bool(where, "reverse", reverse)
+    _check_kind(where, "reverse", reverse, bool)
     units = _whole(where, "units", units, 1)
     init = partial(recurrent_init, where=where, form=form, gates=gates, units=units)
     return Layer(init, *(partial(function, order=-1 if reverse else 1) for function in both))
@@ -1631,7 +1624,7 @@ def gru_forward(params: Tree, x: Array, *, order: int) -> tuple[Array, Tree]:
     Each has its third of a = x[t] W + b and u = h[t-1] U + c; x is (N, T, D), y (N, T, units).
     """
     y, h, gates, U = _recurrent_start(params, x, order)
-    c, u_n = params["c"].reshape(3, 1, -1), np.empty_like(h[1:])
+    c, u_n = params["c"].reshape(3, 1, h.shape[2]), np.empty_like(h[1:])
     for t in range(len(u_n)):
         (r, z, n), u = gates[:, t], h[t] @ U + c
         gates[:2, t] = 1 / (1 + np.exp(-gates[:2, t] - u[:2]))
@@ -1767,7 +1760,7 @@ def attention(heads: int, *, causal: bool = False) -> Layer:
     If `causal`, no step sees a later one. ValueError for heads that do not divide D.
     """
     heads = _whole("attention", "heads", heads, 1)
-    _check_bool("attention", "causal", causal)
+    _check_kind("attention", "causal", causal, bool)
     init, backward = partial(attention_init, heads=heads), partial(attention_backward, heads=heads)
     return Layer(init, partial(attention_forward, heads=heads, causal=causal), backward)
 
@@ -1882,11 +1875,13 @@ def _unfold(padded: Array, windows: _Windows, groups: int) -> Array:
 def _spans(height: int, windows: _Windows, start: int, stop: int) -> list[tuple[slice, slice]]:
     """Rows of windows from start to stop: (these, the kernel rows that they have in the image)."""
     kh, _, stride, above, dilation = (both[0] for both in windows)
-    taps = [_overlap(kh, dilation, r * stride - above, height)[0] for r in range(start, stop)]
-    spans = []
-    for own, run in itertools.groupby(range(start, stop), lambda row: taps[row - start]):
-        first, *others = run
-        spans.append((slice(first, first + len(others) + 1), own))
+    spans: list[tuple[slice, slice]] = []
+    for row in range(start, stop):
+        taps, _ = _overlap(kh, dilation, row * stride - above, height)
+        if spans and spans[-1][1] == taps:
+            spans[-1] = slice(spans[-1][0].start, row + 1), taps
+        else:
+            spans.append((slice(row, row + 1), taps))
     return spans
 
 
@@ -2005,7 +2000,10 @@ def _conv_dx(drows: Array, W: Array, shape: Shape, windows: _Windows, groups: in
     dx = np.zeros(shape, drows.dtype)
     columns = parts.reshape(H, C, kw, Wo, N)
     for j, (covering, pixels) in enumerate(_taps(windows, width, 1)):
-        dx[pixels] += columns[:, :, j][covering]
+        if j * dilation < stride:  # no other tap so far has had these pixels
+            dx[pixels] = columns[:, :, j][covering]
+        else:
+            dx[pixels] += columns[:, :, j][covering]
     return dx
 
 
@@ -2521,7 +2519,7 @@ def _children(where: str, params: Tree, layers: _Layers) -> Tree:
     keys[:, -1] = np.arange(len(layers))
     children = {}
     for name, key in zip(layers, keys, strict=True):
-        _check_dict(where, f"params[{name!r}]", params.get(name, {}))
+        _check_kind(where, f"params[{name!r}]", params.get(name, {}), dict)
         children[name] = {**params.get(name, {}), "key": key}
     return children
 
@@ -2619,7 +2617,7 @@ def _forward_each(where: str, params: Tree, x: Tree, layers: _Layers) -> tuple[T
 
 def _backward_each(
     where: str, params: Tree, cache: Tree, dy: Tree, need_dx: bool, layers: _Layers
-) -> tuple[Tree, Tree]:
+) -> Gradients:
     """{name: dx} and {name: grads}; no dx at all if it is not needed."""
     _check_names(where, params, layers)
     _check_entries(where, "cache", cache, layers)
@@ -3056,7 +3054,7 @@ def _take_step(params: Tree, grads: Tree, state: Tree, *, rule: _Rule) -> tuple[
     """One step of any optimizer: the update of every entry of grads, at the rates of this step."""
     where, options = rule.name, dict(rule.options)
     for name, tree in (("params", params), ("grads", grads), ("state", state)):
-        _check_dict(where, name, tree)
+        _check_kind(where, name, tree, dict)
     if "key" in params:
         raise ValueError(f"{where}: params hold a key; pass the plain params, not training(...)")
     own = {"step", "scale", *rule.remembers}
@@ -3147,7 +3145,7 @@ def sgd(
     SGD; momentum may be a schedule, as lr. ValueError for nesterov without momentum, a momentum
     outside [0, 1) or a negative rate or decay.
     """
-    _check_bool("sgd", "nesterov", nesterov)
+    _check_kind("sgd", "nesterov", nesterov, bool)
     options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     optimizer = _optimizer("sgd", partial(_sgd, nesterov=nesterov), ["velocity"], options)
     if nesterov and not momentum:
@@ -3540,7 +3538,7 @@ def check_gradients(
     _check_layer("check_gradients", "layer", layer, ("forward", "backward"))
     _arrays("check_gradients", "x", {"x": x})
     params = {} if params is None else params
-    _check_dict("check_gradients", "params", params)
+    _check_kind("check_gradients", "params", params, dict)
     inputs = tree_map(_float64, {"params": params, "x": x})
     y, cache = _two_results("forward", layer.forward(inputs["params"], inputs["x"]))
     for path, leaf in tree_flatten({"y": y}).items():
@@ -3590,7 +3588,7 @@ def value_and_grad(net: Differentiable, loss: Loss) -> ValueAndGrad:
     not a network or not a function.
     """
     _check_layer("value_and_grad", "net", net, ("forward", "backward"))
-    _check_function("value_and_grad", "loss", loss)
+    _check_kind("value_and_grad", "loss", loss, Callable)
     return partial(_value_and_grad, net=net, loss=loss)
 
 
@@ -3614,7 +3612,7 @@ def _shard_gradients(part: Any, *, gradients: ValueAndGrad) -> tuple[float, Tree
 def _data_parallel(
     params: Tree, x: Data, target: Data, *, gradients: ValueAndGrad, shards: int, map_parts: Any
 ) -> tuple[float, Tree, Tree]:
-    _check_dict("data_parallel", "params", params)
+    _check_kind("data_parallel", "params", params, dict)
     data, counts = {"x": x, "target": target}, {}
     for name, array in _flatten("data_parallel", "data", data).items():
         if not _is_array(array) or not array.ndim:
@@ -3681,7 +3679,7 @@ def batches(count: int, size: int, key: Key, drop_last: bool = False) -> Iterato
     """
     count = _whole("batches", "count", count, 1)
     size = _whole("batches", "size", size, 1)
-    _check_bool("batches", "drop_last", drop_last)
+    _check_kind("batches", "drop_last", drop_last, bool)
     stop = count - count % size if drop_last else count
     if not stop:
         raise ValueError(f"batches: {count} samples make no whole batch of {size}")
@@ -3862,7 +3860,7 @@ def from_torch(net: LayerLike, state: dict[str, Array]) -> Tree:
     The inverse of `to_torch`. ValueError for an entry that is missing, unknown or does not fit the
     options of its layer; TypeError for one that is not an array of float32 or float64.
     """
-    _check_dict("from_torch", "state", state)
+    _check_kind("from_torch", "state", state, dict)
     return tree_unflatten(_exchange("from_torch", net, state, ours=False))
 
 
@@ -3979,20 +3977,6 @@ def _open(path: str) -> IO[bytes]:
     return open(path, "rb")
 
 
-def _read_array(file: IO[bytes], dtype: np.dtype[Any], shape: Shape, order: Any) -> Array:
-    """The array in the rest of a file, read without allocating more than the file holds."""
-    import io
-    import shutil
-
-    data = io.BytesIO()
-    shutil.copyfileobj(file, data)  # to the end, where checksums are
-    size = math.prod(shape) * dtype.itemsize
-    if data.tell() != size:
-        raise ValueError(f"shape {shape} needs {size} bytes, but it has {data.tell()}")
-    array = np.frombuffer(data.getbuffer(), dtype).reshape(shape, order=order)
-    return array.astype(dtype.newbyteorder("="), copy=False)
-
-
 _NPY_HEADER = re.compile(
     rb"\{'descr': '([<>|][biuf]\d+)', 'fortran_order': (True|False),"
     rb" 'shape': \(((?:\d+L?, ?)+(?:\d+L?)?|)\),? ?\}\s*"  # L: from Python 2
@@ -4004,6 +3988,9 @@ def _read_npy(member: IO[bytes], size: int) -> Array:
 
     NumPy parses the header as Python, and a short text can then take a lot of stack and memory.
     """
+    import io
+    import shutil
+
     version = _NPY.read_magic(member)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"unknown version {version} of the .npy format")
@@ -4014,9 +4001,15 @@ def _read_npy(member: IO[bytes], size: int) -> Array:
         raise ValueError("its header does not describe an array of numbers")
     dtype = np.dtype(header[1].decode())
     shape = tuple(map(int, re.findall(rb"\d+", header[3])))
-    if math.prod(shape) * dtype.itemsize != size - member.tell():
+    needed, data = math.prod(shape) * dtype.itemsize, io.BytesIO()
+    if needed != size - member.tell():
         raise ValueError(f"an array of {dtype} and shape {shape} does not fit in {size} bytes")
-    return _read_array(member, dtype, shape, "F" if header[2] == b"True" else "C")
+    shutil.copyfileobj(member, data)  # to the end, where checksums are
+    if data.tell() != needed:
+        raise ValueError(f"shape {shape} needs {needed} bytes, but it has {data.tell()}")
+    array = np.frombuffer(data.getbuffer(), dtype)
+    array = array.reshape(shape, order="F" if header[2] == b"True" else "C")
+    return array.astype(dtype.newbyteorder("="), copy=False)
 
 
 def read_npz(path: Path, *, ratio: float = 1) -> dict[str, Array]:
