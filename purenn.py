@@ -279,19 +279,16 @@ def tree_unflatten(flat: dict[str, Any]) -> Tree:
     return tree
 
 
-def _add(total: Tree, tree: Tree) -> Tree:
-    total = dict(total)
-    for name, value in tree.items():
-        branches = isinstance(value, dict) + isinstance(total.get(name), dict)
-        if name not in total:
-            total[name] = value
-        elif branches == 2:
-            total[name] = _add(total[name], value)
-        elif branches == 1 or value.shape != total[name].shape:
-            raise ValueError(f"tree_add: {name!r} is {_kind(total[name])} and {_kind(value)}")
-        else:
-            total[name] = np.asarray(total[name] + value)
-    return total
+def _sum(where: str, name: str, one: Any, other: Any) -> Any:
+    """The sum of two trees or arrays; None, and an entry that one tree lacks, count as zero."""
+    if one is None or other is None:
+        return other if one is None else one
+    trees = isinstance(one, dict) + isinstance(other, dict)
+    if trees == 2:
+        return {name: _sum(where, name, one.get(name), other.get(name)) for name in one | other}
+    if trees or np.shape(one) != np.shape(other):
+        raise ValueError(f"{where}: {name!r} is {_kind(one)} and {_kind(other)}")
+    return np.asarray(one + other)
 
 
 @_quiet
@@ -304,7 +301,7 @@ def tree_add(*trees: Tree) -> Tree:
     total: Tree = {}
     for tree in trees:
         _arrays("tree_add", "every tree", tree)
-        total = _add(total, tree)
+        total = _sum("tree_add", "tree", total, tree)
     return total
 
 
@@ -1254,19 +1251,16 @@ def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tr
     values towards which `update_statistics` moves params["mean"] and params["var"], and as "count"
     of how many values they are, 0 without a key.
     """
-    mean, var = params["mean"], params["var"]
+    mean, var, count, unbias = params["mean"], params["var"], 0, 1.0
     if "key" in params:
         count = x.size // x.shape[1]
         if count < 2:
             raise ValueError(f"batch_norm: training needs 2 values per channel, got {count}")
-        mean = _channel_sums(x) / count
-        centered = x - _per_channel(mean, x)
+        mean, unbias = _channel_sums(x) / count, count / (count - 1)
+    centered = x - _per_channel(mean, x)
+    if count:
         var = _channel_sums(centered, centered) / count
-        statistics = {"mean": mean, "var": var * (count / (count - 1))}
-        cache = {"statistics": statistics, "count": np.array(count)}
-    else:
-        centered = x - _per_channel(mean, x)
-        cache = {"statistics": {"mean": mean, "var": var}, "count": np.array(0)}
+    cache = {"statistics": {"mean": mean, "var": var * unbias}, "count": np.array(count)}
     inverse_std = 1 / np.sqrt(var + eps)
     if x.dtype == np.float32 and not math.isfinite(var @ inverse_std):  # sums that overflowed
         y, cache = batch_norm_forward(params, x.astype(np.float64), eps=eps)
@@ -1761,8 +1755,8 @@ def attention(heads: int, *, causal: bool = False) -> Layer:
     """
     heads = _whole("attention", "heads", heads, 1)
     _check_kind("attention", "causal", causal, bool)
-    init, backward = partial(attention_init, heads=heads), partial(attention_backward, heads=heads)
-    return Layer(init, partial(attention_forward, heads=heads, causal=causal), backward)
+    functions = attention_init, attention_forward, attention_backward
+    return _layer(*functions, heads=heads, causal=causal)
 
 
 # --- convolution and pooling ---
@@ -1861,16 +1855,6 @@ def _view(buffer: Array, shape: Shape, strides: Shape, offset: int = 0) -> Array
     return np.ndarray(shape, buffer.dtype, buffer, 0 if 0 in shape else offset, strides)
 
 
-def _unfold(padded: Array, windows: _Windows, groups: int) -> Array:
-    """What each kernel column meets in padded rows: (groups, rows, C/groups, kw, Wo, N)."""
-    height, C, _, N = padded.shape
-    kw, count, stride, _, dilation = (both[1] for both in windows)
-    row, channel, pixel, item = padded.strides
-    shape = (groups, height, C // groups, kw, count, N)
-    strides = (C // groups * channel, row, channel, pixel * dilation, pixel * stride, item)
-    return np.ascontiguousarray(_view(padded, shape, strides))
-
-
 @lru_cache(maxsize=256)  # the same shapes recur at every step
 def _spans(height: int, windows: _Windows, start: int, stop: int) -> list[tuple[slice, slice]]:
     """Rows of windows from start to stop: (these, the kernel rows that they have in the image)."""
@@ -1905,17 +1889,21 @@ def _unfolded(rows: Array, windows: _Windows, groups: int) -> Iterator[tuple[sli
     for start in range(0, Ho, step):
         stop = min(Ho, start + step)
         top, bottom = start * stride - above, (stop - 1) * stride - above + tall
+        if not narrow:
+            top, bottom = max(0, top), max(0, top, min(H, bottom))
+        padded = _padded(rows, windows, top, bottom - top)
+        row, channel, pixel, item = padded.strides
+        tap, window = windows.dilation[1] * pixel, windows.stride[1] * pixel
         if narrow:
-            padded = _padded(rows, windows, top, bottom - top)
-            row, channel, pixel, item = padded.strides
             shape: Shape = (groups, kh, channels, kw, stop - start, Wo, N)
-            strides: Shape = (channels * channel, dilation * row, channel)
-            strides += (windows.dilation[1] * pixel, stride * row, windows.stride[1] * pixel, item)
+            strides: Shape = (channels * channel, dilation * row, channel, tap)
+            strides += (stride * row, window, item)
             size = (groups, 1, kh * channels * kw, (stop - start) * pixels)
             yield slice(start, stop), slice(0, kh), _view(padded, shape, strides).reshape(size)
             continue
-        top, bottom = max(0, top), min(H, bottom)
-        columns = _unfold(_padded(rows, windows, top, max(0, bottom - top)), windows, groups)
+        shape = groups, len(padded), channels, kw, Wo, N  # what each kernel column meets
+        strides = channels * channel, row, channel, tap, window, item
+        columns = np.ascontiguousarray(_view(padded, shape, strides))
         group, row, *inner = columns.strides
         for below, taps in _spans(H, windows, start, stop):
             count, covered = below.stop - below.start, taps.stop - taps.start
@@ -2409,11 +2397,7 @@ def avg_pool2d_backward(params: Tree, cache: Array, dy: Array, **moves: Any) -> 
 
 @_constructor
 def avg_pool2d(size: Size, *, stride: Size | None = None, padding: Size = 0) -> Layer:
-    """The mean of each window, as PyTorch's AvgPool2d. `stride` defaults to `size`.
-
-    `size`, `stride` and `padding` (at most half the window) are numbers or pairs (height, width).
-    ValueError for a window that does not fit into the padded image.
-    """
+    """The mean of each window, as PyTorch's AvgPool2d; options and errors of `max_pool2d`."""
     return _pool2d("avg_pool2d", size, stride, padding, avg_pool2d_forward, avg_pool2d_backward)
 
 
@@ -2575,9 +2559,8 @@ def sequential_backward(
         backward: Callable[..., Any] = layers[name].backward
         if not need_dx and name == names[0]:
             backward = partial(_without_dx, backward)
-        dx, grads[name] = _call_child(
-            name, "backward", backward, params.get(name, {}), cache[name], dx
-        )
+        own = params.get(name, {})
+        dx, grads[name] = _call_child(name, "backward", backward, own, cache[name], dx)
     return (dx if need_dx else None), {name: grads[name] for name in names if grads[name]}
 
 
@@ -2632,15 +2615,6 @@ def _backward_each(
     return (dx if need_dx else {}), grads
 
 
-def _sum(one: Data, other: Data) -> Data:
-    """The sum of two dx of the same x; None, the dx of whole numbers, counts as zero."""
-    if one is None or other is None:
-        return other if one is None else one
-    if isinstance(one, dict):
-        return {name: _sum(one.get(name), other.get(name)) for name in one | other}
-    return one + other
-
-
 def heads_init(key: Key, shape: Shapes, *, layers: _Layers) -> tuple[Tree, Tree]:
     """{name: params} of the heads that have any, and {name: output shape}."""
     return _init_each("heads", key, dict.fromkeys(layers, shape), layers)
@@ -2658,7 +2632,7 @@ def heads_backward(
 ) -> Gradients:
     """dx = the sum of the dx of all heads, for dy = {name: dy}."""
     dx, grads = _backward_each("heads", params, cache, dy, need_dx, layers)
-    return reduce(_sum, dx.values(), None), grads
+    return reduce(partial(_sum, "heads", "dx"), dx.values(), None), grads
 
 
 @_constructor
@@ -2688,7 +2662,7 @@ def residual_forward(params: Tree, x: Data, *, layers: _Layers) -> tuple[Data, T
     """y = branch(x) + shortcut(x)."""
     y, cache = _forward_each("residual", params, dict.fromkeys(layers, x), layers)
     _check_same(**tree_map(np.shape, y))
-    return _sum(y["branch"], y["shortcut"]), cache
+    return _sum("residual", "y", y["branch"], y["shortcut"]), cache
 
 
 @_quiet
@@ -2698,7 +2672,7 @@ def residual_backward(
     """dx = dx of the branch + dx of the shortcut."""
     both = dict.fromkeys(layers, dy)
     dx, grads = _backward_each("residual", params, cache, both, need_dx, layers)
-    return reduce(_sum, dx.values(), None), grads
+    return reduce(partial(_sum, "residual", "dx"), dx.values(), None), grads
 
 
 @_constructor
@@ -2748,7 +2722,8 @@ def concatenate_backward(
     dy = _gradient("concatenate", dy, tuple(own["shape"].tolist()), dy.dtype)
     parts = dict(zip(layers, np.split(dy, own["ends"][:-1], axis), strict=True))
     dx, grads = _backward_each("concatenate", params, caches, parts, need_dx, layers)
-    return (dx if own["split"] else reduce(_sum, dx.values(), None)), grads
+    total = partial(_sum, "concatenate", "dx")
+    return (dx if own["split"] else reduce(total, dx.values(), None)), grads
 
 
 @_constructor
@@ -3548,11 +3523,8 @@ def check_gradients(
     r = tree_map(_float64, tree_map(_generator(key).standard_normal, tree_map(np.shape, y)))
     dx, grads = _two_results("backward", layer.backward(inputs["params"], cache, r))
     slopes = tree_flatten({"params": grads or {}, "x": dx})
-    arrays = {
-        path: array
-        for path, array in tree_flatten(inputs).items()
-        if isinstance(array, np.ndarray) and array.dtype.kind == "f"
-    }
+    leaves = tree_flatten(inputs)
+    arrays = {path: leaf for path, leaf in leaves.items() if np.asarray(leaf).dtype == np.float64}
     for path in slopes:
         if path not in arrays and path.startswith("params/"):
             raise AssertionError(f"check_gradients: grads have {path[7:]!r}, but params do not")
