@@ -96,20 +96,16 @@ def _float(where: str, name: str, value: Any) -> float:
         return math.nan
 
 
-def _number(
-    where: str,
-    name: str,
-    value: Any,
-    minimum: float = -math.inf,
-    maximum: float = math.inf,
-    above: float = -math.inf,
-    below: float = math.inf,
-) -> float:
-    """`value` as a float with minimum <= value <= maximum and above < value < below."""
+_LIMITS = {"minimum": ">=", "maximum": "<=", "above": ">", "below": "<"}
+
+
+def _number(where: str, name: str, value: Any, **limits: float) -> float:
+    """`value` as a finite float with minimum <= value <= maximum and above < value < below."""
     number = value if type(value) is float else _float(where, name, value)
-    if not (minimum <= number <= maximum and above < number < below):
-        limits = [f">= {minimum:g}", f"<= {maximum:g}", f"> {above:g}", f"< {below:g}"]
-        known = [limit for limit in limits if "inf" not in limit]
+    least, most = limits.get("minimum", -math.inf), limits.get("maximum", math.inf)
+    above, below = limits.get("above", -math.inf), limits.get("below", math.inf)
+    if not (least <= number <= most and above < number < below):
+        known = [f"{_LIMITS[limit]} {bound:g}" for limit, bound in limits.items()]
         if not known or math.isinf(number):
             known.insert(0, "finite")
         raise ValueError(f"{where}: {name} must be {' and '.join(known)}, got {value}")
@@ -342,7 +338,7 @@ def clip_gradients(grads: Tree, max_norm: float) -> Tree:
 
     ValueError where the norm is nan or infinite.
     """
-    max_norm = _number("clip_gradients", "max_norm", max_norm, above=0, below=math.inf)
+    max_norm = _number("clip_gradients", "max_norm", max_norm, above=0)
     norm = _norm("clip_gradients", "grads", grads)
     if not math.isfinite(norm):
         raise ValueError(f"clip_gradients: the norm of the gradients is {norm}")
@@ -1000,7 +996,7 @@ def leaky_relu_backward(params: Tree, cache: Array, dy: Array, *, slope: float) 
 @_constructor
 def leaky_relu(slope: float = 0.01) -> Layer:
     """x where x > 0, else slope · x (Maas et al. 2013). ValueError for a slope not finite."""
-    slope = _number("leaky_relu", "slope", slope, above=-math.inf, below=math.inf)
+    slope = _number("leaky_relu", "slope", slope)
     return _without_params(leaky_relu_forward, leaky_relu_backward, slope=slope)
 
 
@@ -1020,7 +1016,7 @@ def elu_backward(params: Tree, cache: Array, dy: Array, *, alpha: float) -> Grad
 @_constructor
 def elu(alpha: float = 1.0) -> Layer:
     """x where x > 0, else alpha · (exp(x) - 1), for alpha > 0 (Clevert et al. 2016)."""
-    alpha = _number("elu", "alpha", alpha, above=0, below=math.inf)
+    alpha = _number("elu", "alpha", alpha, above=0)
     return _without_params(elu_forward, elu_backward, alpha=alpha)
 
 
@@ -1296,7 +1292,7 @@ def batch_norm(*, eps: float = 1e-5) -> Layer:
     Its running statistics params["mean"] and params["var"] are updated by `update_statistics`.
     ValueError while training on fewer than two values per channel.
     """
-    eps = _number("batch_norm", "eps", eps, above=0, below=math.inf)
+    eps = _number("batch_norm", "eps", eps, above=0)
     return _layer(batch_norm_init, batch_norm_forward, batch_norm_backward, eps=eps)
 
 
@@ -1400,7 +1396,7 @@ def layer_norm_backward(params: Tree, cache: Tree, dy: Array) -> Gradients:
 @_constructor
 def layer_norm(*, eps: float = 1e-5) -> Layer:
     """Normalizes each sample over its last axis (Ba et al. 2016), as PyTorch does."""
-    eps = _number("layer_norm", "eps", eps, above=0, below=math.inf)
+    eps = _number("layer_norm", "eps", eps, above=0)
     return _layer(layer_norm_init, layer_norm_forward, layer_norm_backward, eps=eps)
 
 
@@ -1459,7 +1455,7 @@ def group_norm(groups: int, *, eps: float = 1e-5) -> Layer:
     ValueError for groups that do not divide C; `init` finds it from the shape.
     """
     groups = _whole("group_norm", "groups", groups, 1)
-    eps = _number("group_norm", "eps", eps, above=0, below=math.inf)
+    eps = _number("group_norm", "eps", eps, above=0)
     functions = group_norm_init, group_norm_forward, group_norm_backward
     return _layer(*functions, groups=groups, eps=eps)
 
@@ -1825,6 +1821,7 @@ def _overlap(count: int, step: int, offset: int, length: int) -> tuple[slice, sl
     return slice(first, last), slice(start, start + (last - first) * step, step)
 
 
+@lru_cache(maxsize=256)  # the same shapes recur at every step
 def _taps(windows: _Windows, length: int, axis: int) -> list[tuple[Any, Any]]:
     """For each tap along axis 0 (down) or 1 (across), of `length` pixels, two indices of rows.
 
@@ -1855,7 +1852,7 @@ def _view(buffer: Array, shape: Shape, strides: Shape, offset: int = 0) -> Array
     return np.ndarray(shape, buffer.dtype, buffer, 0 if 0 in shape else offset, strides)
 
 
-@lru_cache(maxsize=256)  # the same shapes recur at every step
+@lru_cache(maxsize=256)
 def _spans(height: int, windows: _Windows, start: int, stop: int) -> list[tuple[slice, slice]]:
     """Rows of windows from start to stop: (these, the kernel rows that they have in the image)."""
     kh, _, stride, above, dilation = (both[0] for both in windows)
@@ -2191,11 +2188,10 @@ def _transposed(image: Shape, W: Shape, groups: int, moves: Tree) -> tuple[Shape
     _check_groups("conv2d_transpose", groups, W[0], "x")
     before = tuple(above for above, _ in moves["padding"])
     windows = _Windows(W[2:], image, moves["stride"], before, moves["dilation"])
+    axes = zip(*windows, moves["output_padding"], strict=True)
     size = [
         (count - 1) * stride - 2 * before + dilation * (taps - 1) + 1 + more
-        for taps, count, stride, before, dilation, more in zip(
-            *windows, moves["output_padding"], strict=True
-        )
+        for taps, count, stride, before, dilation, more in axes
     ]
     if min(size) < 1:
         raise ValueError(f"conv2d_transpose: y would have {size[0]} x {size[1]} pixels")
@@ -2877,7 +2873,7 @@ def hinge(scores: Array, target: Array, margin: float = 1.0, weights: Weights = 
     ValueError for shapes that do not fit, labels out of range or an empty batch.
     """
     _check_prediction("hinge", "scores", scores, classes=True)
-    margin = _number("hinge", "margin", margin, minimum=0, below=math.inf)
+    margin = _number("hinge", "margin", margin, minimum=0)
     _check_labels("hinge", target, scores)
     right = target[..., None]
     excess = scores - np.take_along_axis(scores, right, axis=-1) + margin
@@ -2940,7 +2936,7 @@ def huber(prediction: Array, target: Array, delta: float = 1.0, weights: Weights
     as in `binary_cross_entropy`.
     ValueError for shapes that differ or are empty, or a delta that is not positive.
     """
-    delta = _number("huber", "delta", delta, above=0, below=math.inf)
+    delta = _number("huber", "delta", delta, above=0)
     difference = prediction - _elementwise_target("huber", prediction, target)
     clipped = np.clip(difference, -delta, delta)
     return _mean("huber", clipped * (difference - 0.5 * clipped), clipped, weights)
@@ -2953,7 +2949,7 @@ def l2_penalty(params: Tree, coefficient: float) -> tuple[float, Tree]:
     So weight matrices and kernels are decayed, but not biases, gammas or betas, which get no
     entry in the grads. `tree_add` adds these to the grads of a loss.
     """
-    coefficient = _number("l2_penalty", "coefficient", coefficient, minimum=0, below=math.inf)
+    coefficient = _number("l2_penalty", "coefficient", coefficient, minimum=0)
     arrays = _arrays("l2_penalty", "params", params)
     weights = {path: leaf for path, leaf in arrays.items() if leaf.ndim >= 2}
     loss = sum((0.5 * coefficient * float(np.vdot(W, W)) for W in weights.values()), 0.0)
@@ -2980,10 +2976,10 @@ class Optimizer(NamedTuple):
 
 _PLATEAU = frozenset({"plateau_best", "plateau_count"})  # what reduce_on_plateau adds to a state
 _BELOW_1 = {"minimum": 0.0, "below": 1.0}
-_NOT_NEGATIVE = {"minimum": 0.0, "below": math.inf}
+_NOT_NEGATIVE = {"minimum": 0.0}
 _OPTIONS = {"lr": _NOT_NEGATIVE, "momentum": _BELOW_1, "weight_decay": _NOT_NEGATIVE}
 _OPTIONS |= {"beta1": _BELOW_1, "beta2": _BELOW_1, "decay": _BELOW_1}
-_OPTIONS |= {"eps": {"above": 0.0, "below": math.inf}}
+_OPTIONS |= {"eps": {"above": 0.0}}
 
 
 _Moved = tuple[Array, Tree]  # p and memory after the step
@@ -3509,7 +3505,7 @@ def check_gradients(
     has the wrong shape, when y depends on an entry that grads lack, and for grads that params
     lack. Where y has a kink, any slope between those of its two sides is accepted.
     """
-    rtol = _number("check_gradients", "rtol", rtol, above=0, below=math.inf)
+    rtol = _number("check_gradients", "rtol", rtol, above=0)
     _check_layer("check_gradients", "layer", layer, ("forward", "backward"))
     _arrays("check_gradients", "x", {"x": x})
     params = {} if params is None else params
@@ -3993,7 +3989,7 @@ def read_npz(path: Path, *, ratio: float = 1) -> dict[str, Array]:
     import zipfile
 
     path = _path("read_npz", path)
-    ratio = _number("read_npz", "ratio", ratio, minimum=1, below=math.inf)
+    ratio = _number("read_npz", "ratio", ratio, minimum=1)
     arrays: dict[str, Array] = {}
     with _blame_file(path), _open(path) as file, zipfile.ZipFile(file) as archive:
         members = archive.infolist()
