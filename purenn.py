@@ -1456,8 +1456,7 @@ def group_norm(groups: int, *, eps: float = 1e-5) -> Layer:
     """
     groups = _whole("group_norm", "groups", groups, 1)
     eps = _number("group_norm", "eps", eps, above=0)
-    functions = group_norm_init, group_norm_forward, group_norm_backward
-    return _layer(*functions, groups=groups, eps=eps)
+    return _layer(group_norm_init, group_norm_forward, group_norm_backward, groups=groups, eps=eps)
 
 
 # --- recurrence and attention ---
@@ -1751,8 +1750,7 @@ def attention(heads: int, *, causal: bool = False) -> Layer:
     """
     heads = _whole("attention", "heads", heads, 1)
     _check_kind("attention", "causal", causal, bool)
-    functions = attention_init, attention_forward, attention_backward
-    return _layer(*functions, heads=heads, causal=causal)
+    return _layer(attention_init, attention_forward, attention_backward, heads=heads, causal=causal)
 
 
 # --- convolution and pooling ---
@@ -2034,8 +2032,7 @@ def _conv_backward(
     shape = (len(x), len(params["W"]), *windows.counts[4 - x.ndim :])
     dy = _as_image(_gradient(where, dy, shape, x.dtype))
     W, rows, drows = _as_image(params["W"]), _rows_first(_as_image(x)), _rows_first(dy)
-    dW = _conv_dw(rows, drows, W.shape, windows, groups)
-    grads = {"W": dW.reshape(params["W"].shape)}
+    grads = {"W": _conv_dw(rows, drows, W.shape, windows, groups).reshape(params["W"].shape)}
     if "b" in params:
         grads["b"] = _channel_sums(dy)
     if not need_dx:
@@ -3056,8 +3053,7 @@ def _update_tree(
             raise ValueError(f"{rule.name}: grads have an entry {here!r} that params lack")
         p = params[name]
         own = {quantity: tree.get(name) for quantity, tree in memory.items()}
-        both = isinstance(g, dict) and isinstance(p, dict)
-        update = _update_tree if both else _update_entry
+        update = _update_tree if isinstance(g, dict) and isinstance(p, dict) else _update_entry
         params[name], own = update(rule, here, p, g, own, options)
         for quantity, value in own.items():
             memory[quantity][name] = value
