@@ -9,6 +9,7 @@ Beside its error stand that of the mean image, and that of the best linear code 
 from __future__ import annotations
 
 import argparse
+import math
 import pathlib
 import sys
 import time
@@ -37,7 +38,7 @@ def build(code: int) -> dict[str, nn.Layer]:
 def train(net: nn.Layer, images: np.ndarray, epochs: int, size: int = 64) -> nn.Tree:
     """Params that give back each image as well as they can."""
     params, _ = net.init(0, images.shape[1:])
-    optimizer = nn.adam(nn.one_cycle(0.01, epochs * -(-len(images) // size)))
+    optimizer = nn.adam(nn.one_cycle(0.01, epochs * math.ceil(len(images) / size)))
     state = optimizer.init(params)
     gradients = nn.value_and_grad(net, nn.binary_cross_entropy)
     for epoch in range(epochs):

@@ -55,7 +55,7 @@ def train_torch(model: tn.Module, images: np.ndarray, labels: np.ndarray) -> Non
 
 
 def fine_tune(net: nn.Layer, params: nn.Tree, images: np.ndarray, labels: np.ndarray) -> nn.Tree:
-    """Three epochs here; gives other params."""
+    """Three epochs here: a pure function, so it gives other params."""
     optimizer = nn.adam(1e-3)
     state = optimizer.init(params)
     gradients = nn.value_and_grad(net, nn.softmax_cross_entropy)
@@ -68,17 +68,16 @@ def fine_tune(net: nn.Layer, params: nn.Tree, images: np.ndarray, labels: np.nda
     return params
 
 
-def compare(when: str, model: tn.Module, net: nn.Layer, params: nn.Tree, data: nn.Tree) -> float:
-    """The largest difference of the logits there and here; printed with the accuracies."""
+def compare(when: str, model: tn.Module, net: nn.Layer, params: nn.Tree, data: nn.Tree) -> None:
+    """Print the accuracies there and here, and the largest difference of the logits."""
     images, labels = data["x_test"], data["y_test"]
     for kind, x in {"white on black": images, "black on white": 1 - images}.items():
         with torch.inference_mode():
             there = model(torch.from_numpy(x)).numpy()
         here = predict(net, params, x)
         scores = f"{nn.accuracy(there, labels):.4f} there, {nn.accuracy(here, labels):.4f} here"
-        difference = float(np.abs(there - here).max())
+        difference = np.abs(there - here).max()
         print(f"{when}, {kind}: accuracy {scores}; largest difference {difference:.1e}")
-    return difference
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

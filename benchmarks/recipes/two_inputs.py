@@ -11,6 +11,7 @@ computes the total from both gets worse at it.
 from __future__ import annotations
 
 import argparse
+import math
 import pathlib
 import sys
 import time
@@ -58,7 +59,7 @@ def train(net: nn.Layer, x: nn.Tree, target: nn.Tree, epochs: int, size: int = 6
     """The loop of every network: a batch of a dict is the batch of each of its arrays."""
     params, _ = net.init(0, {name: array.shape[1:] for name, array in x.items()})
     count = len(target["digit"])
-    optimizer = nn.adam(nn.one_cycle(3e-3, epochs * -(-count // size)))
+    optimizer = nn.adam(nn.one_cycle(3e-3, epochs * math.ceil(count / size)))
     state = optimizer.init(params)
     gradients = nn.value_and_grad(net, order_loss)
     for epoch in range(epochs):
