@@ -1303,9 +1303,7 @@ def _parts(cache: Any) -> Tree:
     return cache if isinstance(cache, dict) else {}
 
 
-def _statistics(
-    params: Any, cache: Any, path: str = "", lost: bool = False
-) -> Iterator[tuple[str, Any, bool]]:
+def _statistics(params: Any, cache: Any, path: str = "", lost: bool = False) -> Iterator[Any]:
     """(path in params, value in this batch, whether in training mode) of all running statistics."""
     parts = _parts(cache)
     for name, part in parts.items():
@@ -1899,6 +1897,7 @@ def _unfolded(rows: Array, windows: _Windows, groups: int) -> Iterator[tuple[sli
         shape = groups, len(padded), channels, kw, Wo, N  # what each kernel column meets
         strides = channels * channel, row, channel, tap, window, item
         columns = np.ascontiguousarray(_view(padded, shape, strides))
+        del padded  # frees the memory
         group, row, *inner = columns.strides
         for below, taps in _spans(H, windows, start, stop):
             count, covered = below.stop - below.start, taps.stop - taps.start

@@ -5720,7 +5720,7 @@ TOUCHES |= {"seterr", "setattr", "exec", "eval", "print", "input", "global", "en
 def test_nothing_pure_touches_the_disk_or_the_process():
     """In the file: all that does stands under the last banner, and nothing above calls it."""
     source = (REPOSITORY / "purenn.py").read_text(encoding="utf-8")
-    banners = list(re.finditer(r"^# -{90,}\n# (.+)\n# -{90,}$", source, re.MULTILINE))
+    banners = list(re.finditer(r"^# === (.+?) =+$", source, re.MULTILINE))
     assert banners[-1][1].startswith("Not pure")
     first = source[: banners[-1].start()].count("\n")
     tree = ast.parse(source)
