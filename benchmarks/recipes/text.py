@@ -81,21 +81,23 @@ def surprise(text: str) -> list[float]:
     return costs
 
 
-def encode(text: str) -> np.ndarray:
+def encode(text: str) -> list[int]:
     """The number of each character."""
-    return np.array([ALPHABET.index(character) for character in text])
+    return [ALPHABET.index(character) for character in text]
 
 
-def windows(text: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """A row for each start: CONTEXT characters and the next one; the last ones are the targets."""
-    return text[starts[:, None] + np.arange(CONTEXT + 1)]
+def sentences(text: str, values: Sequence[float]) -> np.ndarray:
+    """A row for each start of a sentence: the values of CONTEXT characters and of the next one."""
+    starts = [i for i, character in enumerate(text[:-CONTEXT]) if character == "\n"]
+    return np.array(values)[np.array(starts)[:, None] + np.arange(CONTEXT + 1)]
 
 
-def training_batches(text: np.ndarray, steps: int) -> Iterator[np.ndarray]:
-    """32 windows for each step, every position of the text once an epoch."""
-    epochs = (nn.batches(len(text) - CONTEXT, 32, key=epoch) for epoch in itertools.count())
-    for starts in itertools.islice(itertools.chain.from_iterable(epochs), steps):
-        yield windows(text, starts)
+def training_batches(text: str, steps: int) -> Iterator[np.ndarray]:
+    """32 rows of characters for each step, every row once an epoch."""
+    rows = sentences(text, encode(text))
+    epochs = (nn.batches(len(rows), 32, key=epoch) for epoch in itertools.count())
+    for index in itertools.islice(itertools.chain.from_iterable(epochs), steps):
+        yield rows[index]
 
 
 # --- the networks: characters (N, T) -> logits of the next ones (N, T, K) ---
@@ -145,21 +147,26 @@ def bits(loss: float | list[float]) -> np.ndarray:
 
 
 def evaluate(net: nn.Layer, params: nn.Tree, text: str) -> tuple[float, float]:
-    """Bits per character of the model, and of the choices in the text, in windows from a "\\n"."""
-    numbers, costs = encode(text), np.array(surprise(text))
-    starts = np.flatnonzero(numbers == ALPHABET.index("\n"))
-    starts = starts[starts < len(text) - CONTEXT]
-    rows = windows(numbers, starts)
+    """Bits per character of the model, and of the choices that made the text."""
+    rows, costs = sentences(text, encode(text)), sentences(text, surprise(text))
     logits, _ = net.forward(params, rows[:, :-1])
     loss, _ = nn.softmax_cross_entropy(logits, rows[:, 1:])
-    return float(bits(loss)), float(windows(costs, starts)[:, 1:].mean())
+    return float(bits(loss)), float(costs[:, 1:].mean())
+
+
+def right(lines: list[str]) -> str:
+    """How many are sentences of the grammar."""
+    count = sum(math.isfinite(surprise(f"\n{line}\n")[-1]) for line in lines)
+    return f"{count} of {len(lines)}"
 
 
 def continue_text(net: nn.Layer, params: nn.Tree, text: str, count: int, seed: int) -> str:
     """The text and `count` more characters, drawn from what the network expects."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
-        logits, _ = net.forward(params, encode(text[-CONTEXT:])[None])
+        context = text[-CONTEXT:]
+        context = context[max(context.find("\n"), 0) :]  # from the start of a sentence, if it can
+        logits, _ = net.forward(params, np.array([encode(context)]))
         noise = rng.gumbel(size=len(ALPHABET))  # the largest sum is a draw from softmax(logits)
         text += ALPHABET[(logits[0, -1] + noise).argmax()]
     return text
@@ -198,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     net = nn.sequential(**layers)
     params, _ = net.init(0, (CONTEXT,))
     rate = nn.warmup(nn.cosine(3e-3, steps), 50)
-    data = training_batches(encode(compose(0, 200_000)), steps)
+    data = training_batches(compose(0, 1_000_000), steps)
     if options.torch:
         try:
             compare(layers, params, list(data), rate)
@@ -214,12 +221,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if step % max(1, steps // 10) == 0:
             print(f"step {step}: {bits(loss):.3f} bits per character", flush=True)
     model, text = evaluate(net, params, compose(1, 20_000))
-    print(f"new text: {model:.4f} bits per character; its entropy is {text:.4f}")
+    print(f"new text: {model:.4f} bits per character, {text:.4f} by the choices that made it")
     seconds = time.perf_counter() - started
     lines = continue_text(net, params, "\nthe", options.write, seed=0).split("\n")[1:-1]
-    right = sum(math.isfinite(sum(surprise(f"\n{line}\n"))) for line in lines)
-    print(*lines[:5], f"{right} of {len(lines)} sentences are right", sep="\n")
-    print(f"{seconds:.0f} seconds")
+    short = [line for line in lines if len(line) < CONTEXT]  # it saw where they began
+    print(*lines[:5], sep="\n")
+    print(f"{right(lines)} sentences are right, {right(short)} that fit into its context")
+    print(f"{seconds:.0f} seconds to learn")
 
 
 if __name__ == "__main__":
