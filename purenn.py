@@ -1504,7 +1504,7 @@ _EMBEDDING = _Form("whole: N ...", y="N ... size", W="count size")
 def embedding_init(key: Key, shape: Shape, *, W: Shape, init: Initializer) -> tuple[Tree, Shape]:
     """W (count, size) from `init`; shape (...) becomes (..., size)."""
     shape = _EMBEDDING.shape("embedding", shape)
-    return _weights("embedding", key, init, W, 1, bias=False), (*shape, W[1])
+    return _weights("embedding", key, init, W, W[1], bias=False), (*shape, W[1])
 
 
 @_EMBEDDING.forward
@@ -1519,12 +1519,12 @@ def embedding_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 @_EMBEDDING.backward()
 def embedding_backward(params: Tree, cache: Array, dy: Array) -> tuple[None, Tree]:
     """dW[i] = Σ of dy where x is i; dx is None."""
-    (count, size), x, rows = params["W"].shape, cache.ravel(), dy.reshape(-1, dy.shape[-1])
-    dW, last, order = np.zeros((count, size), dy.dtype), np.zeros(count, int), np.arange(len(x))
-    dW[x], last[x] = rows, order  # of rows for the same i, the last one stays
-    others = np.flatnonzero(last[x] != order)
+    (count, size), x, rows = params["W"].shape, cache.ravel(), dy.reshape(cache.size, dy.shape[-1])
+    dW, stays, order = np.zeros((count, size), dy.dtype), np.zeros(count, int), np.arange(len(x))
+    dW[x], stays[x] = rows, order  # of rows for the same i, the last one
+    others = stays[x] != order
     entries = np.add.outer(x[others].astype(np.intp) * size, np.arange(size))
-    np.add.at(dW.reshape(-1), entries.ravel(), rows[others].ravel())  # entry by entry it is fastest
+    np.add.at(dW.ravel(), entries.ravel(), rows[others].ravel())  # entry by entry it is fastest
     return None, {"W": dW}
 
 
@@ -1545,7 +1545,7 @@ _POSITION_EMBEDDING = _Form("N T D", P="positions D")
 def position_embedding_init(key: Key, shape: Shape, *, init: Initializer) -> tuple[Tree, Shape]:
     """P (T, D) from `init`, for shape (T, D)."""
     shape = _POSITION_EMBEDDING.shape("position_embedding", shape)
-    return {"P": _weights("position_embedding", key, init, shape, 1, bias=False)["W"]}, shape
+    return {"P": _weights("position_embedding", key, init, shape, 0, bias=False)["W"]}, shape
 
 
 @_POSITION_EMBEDDING.forward
@@ -1650,7 +1650,7 @@ def gru_forward(params: Tree, x: Array, *, order: int) -> tuple[Array, Tree]:
     Each has its third of a = x[t] W + b and u = h[t-1] U + c; x is (N, T, D), y (N, T, units).
     """
     y, h, gates, U = _recurrent_start(params, x, order)
-    c, u_n = params["c"].reshape(3, 1, -1), np.empty_like(h[1:])
+    c, u_n = params["c"].reshape(3, 1, h.shape[2]), np.empty_like(h[1:])
     for t in range(len(u_n)):
         (r, z, n), u = gates[:, t], h[t] @ U + c
         gates[:2, t] = 1 / (1 + np.exp(-gates[:2, t] - u[:2]))
@@ -2036,7 +2036,10 @@ def _correlate_transposed(
     dx = np.zeros(shape, drows.dtype)
     columns = parts.reshape(H, C, kw, Wo, N)
     for j, (covering, pixels) in enumerate(_taps(windows, width, 1)):
-        dx[:, :, pixels] += columns[:, :, j, covering]
+        if j * dilation < stride:  # no other tap so far has had these pixels
+            dx[:, :, pixels] = columns[:, :, j, covering]
+        else:
+            dx[:, :, pixels] += columns[:, :, j, covering]
     return dx
 
 

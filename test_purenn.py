@@ -1214,6 +1214,16 @@ def test_attention_is_right_at_scores_of_any_size(largest, sign, dtype):
         assert np.isfinite(layer.backward({"qkv": qkv, "out": identity}, cache, y)[0]).all()
 
 
+@pytest.mark.parametrize("largest", [49.9, 50.0, 50.1, -49.9, -50.0, -50.1])
+def test_attention_takes_the_maximum_off_its_scores_only_where_they_are_large(largest):
+    identity = {"W": np.eye(1), "b": np.zeros(1)}
+    x, qkv = np.array([[[1.0], [0.7]]]), {"W": np.array([[largest, 1, 1]]), "b": np.zeros(3)}
+    _, cache = nn.attention(1).forward({"qkv": qkv, "out": identity}, x)
+    scores = x[0] @ (largest * x[0]).T  # a column for each step
+    p = np.exp(scores - scores.max(axis=0) if abs(largest) >= 50 else scores)
+    np.testing.assert_array_equal(cache["p"][0, 0], p / p.sum(axis=0))
+
+
 PEERS = {  # name: (layer, its peer in PyTorch, x, {path of a gradient: the peer's name})
     **{
         f"{name}{end}": (
@@ -5064,8 +5074,9 @@ SENTENCES: list = [  # (call, exception, what is said)
       ]),
     (lambda: nn.attention(1).forward({"qkv": Z, "out": {}}, np.ones((1, 1, 1))), TypeError,
      "attention: qkv must be a dict, got ndarray of float64 and shape (2, 3)"),
-    *((partial(embed, np.array(x)), ValueError,
-       f"embedding: x must be from 0 to 2, got {x[0]} to {x[1]}") for x in ([1, 3], [-1, 2])),
+    *((partial(embed, np.array([low, high])), ValueError,
+       f"embedding: x must be from 0 to 2, got {low} to {high}")
+      for low, high in ((1, 3), (0, 4), (-1, 2))),
     *((partial(embed, np.ones(2, kind)), TypeError,
        f"embedding: x must be whole numbers, got {kind}; convert it with x.astype(int)")
       for kind in ("float32", "float64", "bool")),
