@@ -765,7 +765,7 @@ def test_shapes_are_changed_as_numpy_does(data):
     axes = layer.forward.keywords["axes"]
     y, cache = layer.forward(params, x)
     for index in np.ndindex(x.shape):
-        assert y[(index[0], *(index[axis + 1] for axis in axes))] == x[index]
+        assert y[index[:1] + tuple(index[axis + 1] for axis in axes)] == x[index]
     np.testing.assert_array_equal(layer.backward(params, cache, y)[0], x)
     layer, params, x, *_ = data.draw(cases("last"))
     y, cache = layer.forward(params, x)
