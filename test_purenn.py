@@ -5904,5 +5904,5 @@ def test_readme_shows_the_message_of_a_forgotten_slope():
     broken = block.replace('dx = np.where(x > 0, dy, params["slope"] * dy)', "dx = dy")
     assert broken != block
     with pytest.raises(AssertionError) as failure:
-        exec(compile(broken, "README", "exec"), {"np": np, "__name__": "readme"})
+        exec(compile(broken, "README", "exec"), {"np": np, "nn": nn, "__name__": "readme"})
     assert f"`{failure.value}`" in readme()

@@ -195,8 +195,11 @@ def test_commands_of_the_reports_have_options_that_exist():
         assert not needed or needed[1] in commands
 
 
-def test_commands_of_the_readme_have_options_that_exist():
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+READMES = REPOSITORY / "README.md", REPOSITORY / "training" / "README.md"
+
+
+def test_commands_of_the_readmes_have_options_that_exist():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in READMES)
     commands = re.findall(
         r"^\s*(?:mpiexec .*?|srun )?(python train_\w+\.py[^\n#|`]*)|`(python train_\w+\.py[^`]*)`",
         text,
@@ -205,6 +208,13 @@ def test_commands_of_the_readme_have_options_that_exist():
     assert len(commands) >= 10
     for command in (first or second for first, second in commands):
         check_command(command)
+
+
+def test_the_script_of_the_readme_builds_a_network():
+    (block,) = re.findall(r"^```python\n(.*?)^```", READMES[1].read_text("utf-8"), re.M | re.S)
+    exec(compile(block, "training/README.md", "exec"), namespace := {"__name__": "readme"})
+    net = namespace["build"](train_mlp.MLPOptions(hidden=(3,)), 10)
+    assert net.init(0, (1, 28, 28))[1] == (10,)
 
 
 # --- the house ---
