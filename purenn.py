@@ -25,6 +25,7 @@ Copy this file into your project; it needs NumPy (1.26 or newer) and nothing els
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import math
 import os
@@ -72,9 +73,7 @@ _FLOATS = "float32 or float64", "fd", "np.float32"  # in words, dtype.char, what
 _WHOLE = "whole numbers", np.typecodes["AllInteger"], "int"
 
 
-# ------------------------------------------------------------------------------------------------
-# Checks of arguments, used by every section
-# ------------------------------------------------------------------------------------------------
+# === Checks of arguments, used by every section =================================================
 
 
 def _kind(value: Any) -> str:
@@ -97,20 +96,16 @@ def _float(where: str, name: str, value: Any) -> float:
         return math.nan
 
 
-def _number(
-    where: str,
-    name: str,
-    value: Any,
-    minimum: float = -math.inf,
-    maximum: float = math.inf,
-    above: float = -math.inf,
-    below: float = math.inf,
-) -> float:
-    """`value` as a float with minimum <= value <= maximum and above < value < below."""
+_LIMITS = {"minimum": ">=", "maximum": "<=", "above": ">", "below": "<"}
+
+
+def _number(where: str, name: str, value: Any, **limits: float) -> float:
+    """`value` as a finite float with minimum <= value <= maximum and above < value < below."""
     number = value if type(value) is float else _float(where, name, value)
-    if not (minimum <= number <= maximum and above < number < below):
-        limits = [f">= {minimum:g}", f"<= {maximum:g}", f"> {above:g}", f"< {below:g}"]
-        known = [limit for limit in limits if "inf" not in limit]
+    least, most = limits.get("minimum", -math.inf), limits.get("maximum", math.inf)
+    above, below = limits.get("above", -math.inf), limits.get("below", math.inf)
+    if not (least <= number <= most and above < number < below):
+        known = [f"{_LIMITS[limit]} {bound:g}" for limit, bound in limits.items()]
         if not known or math.isinf(number):
             known.insert(0, "finite")
         raise ValueError(f"{where}: {name} must be {' and '.join(known)}, got {value}")
@@ -128,19 +123,12 @@ def _whole(where: str, name: str, value: Any, minimum: int) -> int:
     return int(value)
 
 
-def _check_bool(where: str, name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{where}: {name} must be True or False, got {_kind(value)}")
+_KINDS = {bool: "True or False", dict: "a dict", Callable: "a function"}
 
 
-def _check_function(where: str, name: str, value: Any) -> None:
-    if not callable(value):
-        raise TypeError(f"{where}: {name} must be a function, got {_kind(value)}")
-
-
-def _check_dict(where: str, name: str, value: Any) -> None:
-    if not isinstance(value, dict):
-        raise TypeError(f"{where}: {name} must be a dict, got {_kind(value)}")
+def _check_kind(where: str, name: str, value: Any, kind: Any) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{where}: {name} must be {_KINDS[kind]}, got {_kind(value)}")
 
 
 def _is_array(x: Any) -> bool:
@@ -170,9 +158,8 @@ def _check_array(where: str, name: str, x: Any, kind: tuple[str, str, str] = _FL
 def _check_shape(where: str, shape: Any) -> Shape:
     """`shape` as a tuple of positive ints."""
     if not isinstance(shape, (tuple, list)):
-        raise TypeError(
-            f"{where}: shape must be a tuple without the batch axis, got {_kind(shape)}"
-        )
+        wanted = "a tuple without the batch axis"
+        raise TypeError(f"{where}: shape must be {wanted}, got {_kind(shape)}")
     return tuple(_whole(where, "every size in shape", size, 1) for size in shape)
 
 
@@ -180,9 +167,7 @@ def _names(tree: Any) -> str:
     return str(sorted(map(str, tree))) if isinstance(tree, dict) else _kind(tree)
 
 
-# ------------------------------------------------------------------------------------------------
-# Overflow
-# ------------------------------------------------------------------------------------------------
+# === Overflow ===================================================================================
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _QUIET = ContextVar("quiet", default=False)
@@ -214,9 +199,7 @@ def _quiet(function: _Function) -> _Function:
     return cast(_Function, quiet)
 
 
-# ------------------------------------------------------------------------------------------------
-# Trees: nested dicts with arrays as leaves
-# ------------------------------------------------------------------------------------------------
+# === Trees: nested dicts with arrays as leaves ==================================================
 
 
 def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
@@ -224,22 +207,21 @@ def tree_map(f: Callable[..., Any], *trees: Any) -> Any:
 
     All trees have the same names, else ValueError. Everything that is not a dict is a leaf.
     """
-    _check_function("tree_map", "f", f)
+    _check_kind("tree_map", "f", f, Callable)
     if not trees:
         raise TypeError("tree_map: expected at least one tree")
     if not any(isinstance(tree, dict) for tree in trees):
         return f(*trees)
     for tree in trees:
         if not isinstance(tree, dict) or tree.keys() != trees[0].keys():
-            raise ValueError(
-                f"tree_map: trees differ, {_names(trees[0])} here and {_names(tree)} there"
-            )
+            here, there = _names(trees[0]), _names(tree)
+            raise ValueError(f"tree_map: trees differ, {here} here and {there} there")
     return {name: tree_map(f, *(tree[name] for tree in trees)) for name in trees[0]}
 
 
 def _flatten(where: str, what: str, tree: Any) -> dict[str, Any]:
     """`tree_flatten`, with errors that say what the tree is."""
-    _check_dict(where, what, tree)
+    _check_kind(where, what, tree, dict)
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if not isinstance(name, str):
@@ -274,7 +256,7 @@ def tree_unflatten(flat: dict[str, Any]) -> Tree:
 
     ValueError where one name is both a leaf and a branch, or nested deeper than 100.
     """
-    _check_dict("tree_unflatten", "flat", flat)
+    _check_kind("tree_unflatten", "flat", flat, dict)
     tree: Tree = {}
     for path, leaf in flat.items():
         if not isinstance(path, str):
@@ -293,19 +275,16 @@ def tree_unflatten(flat: dict[str, Any]) -> Tree:
     return tree
 
 
-def _add(total: Tree, tree: Tree) -> Tree:
-    total = dict(total)
-    for name, value in tree.items():
-        branches = isinstance(value, dict) + isinstance(total.get(name), dict)
-        if name not in total:
-            total[name] = value
-        elif branches == 2:
-            total[name] = _add(total[name], value)
-        elif branches == 1 or value.shape != total[name].shape:
-            raise ValueError(f"tree_add: {name!r} is {_kind(total[name])} and {_kind(value)}")
-        else:
-            total[name] = np.asarray(total[name] + value)
-    return total
+def _sum(where: str, name: str, one: Any, other: Any) -> Any:
+    """The sum of two trees or arrays; None, and an entry that one tree lacks, count as zero."""
+    if one is None or other is None:
+        return other if one is None else one
+    trees = isinstance(one, dict) + isinstance(other, dict)
+    if trees == 2:
+        return {name: _sum(where, name, one.get(name), other.get(name)) for name in one | other}
+    if trees or np.shape(one) != np.shape(other):
+        raise ValueError(f"{where}: {name!r} is {_kind(one)} and {_kind(other)}")
+    return np.asarray(one + other)
 
 
 @_quiet
@@ -318,7 +297,7 @@ def tree_add(*trees: Tree) -> Tree:
     total: Tree = {}
     for tree in trees:
         _arrays("tree_add", "every tree", tree)
-        total = _add(total, tree)
+        total = _sum("tree_add", "tree", total, tree)
     return total
 
 
@@ -359,7 +338,7 @@ def clip_gradients(grads: Tree, max_norm: float) -> Tree:
 
     ValueError where the norm is nan or infinite.
     """
-    max_norm = _number("clip_gradients", "max_norm", max_norm, above=0, below=math.inf)
+    max_norm = _number("clip_gradients", "max_norm", max_norm, above=0)
     norm = _norm("clip_gradients", "grads", grads)
     if not math.isfinite(norm):
         raise ValueError(f"clip_gradients: the norm of the gradients is {norm}")
@@ -368,9 +347,7 @@ def clip_gradients(grads: Tree, max_norm: float) -> Tree:
     return tree_map(partial(_times, factor=max_norm / norm), grads)
 
 
-# ------------------------------------------------------------------------------------------------
-# Keys: randomness as data
-# ------------------------------------------------------------------------------------------------
+# === Keys: randomness as data ===================================================================
 
 _KEY_MARK = 0x6B657973  # the first word of every key array: "keys" in ASCII
 
@@ -391,9 +368,8 @@ def _key_array(key: Any) -> Array:
     words = [_KEY_MARK, len(numbers)]
     for number in numbers:
         number = _whole("key", "every number", number, 0)
-        digits = [
-            number >> shift & 0xFFFFFFFF for shift in range(0, max(number.bit_length(), 1), 32)
-        ]
+        shifts = range(0, max(number.bit_length(), 1), 32)
+        digits = [number >> shift & 0xFFFFFFFF for shift in shifts]
         words += [len(digits), *digits]
     return np.array(words, np.uint32)
 
@@ -416,7 +392,7 @@ def training(params: Tree, key: Key) -> Tree:
     Combinators hand each child a key of its own; `dropout` draws its mask from
     it, and `batch_norm` takes the statistics of the batch. Params without a key mean inference.
     """
-    _check_dict("training", "params", params)
+    _check_kind("training", "params", params, dict)
     return {**params, "key": _key_array(key)}
 
 
@@ -424,9 +400,7 @@ def _generator(key: Key) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(_key_array(key))))
 
 
-# ------------------------------------------------------------------------------------------------
-# Initializers: (key, shape) -> array of float32
-# ------------------------------------------------------------------------------------------------
+# === Initializers: (key, shape) -> array of float32 =============================================
 
 Initializer = Callable[[Any, Shape], Array]
 _LARGEST = float(np.finfo(np.float32).max)
@@ -472,9 +446,8 @@ def _fans(where: str, shape: Shape) -> tuple[int, int]:
     """(fan in, fan out) of a dense weight (in, out) or of a kernel (out, in, kh, kw)."""
     shape = _check_shape(where, shape)
     if len(shape) < 2:
-        raise ValueError(
-            f"{where}: shape {shape} has no fans, expected (in, out) or (out, in, kh, kw)"
-        )
+        expected = "(in, out) or (out, in, kh, kw)"
+        raise ValueError(f"{where}: shape {shape} has no fans, expected {expected}")
     if len(shape) == 2:
         return shape[0], shape[1]
     window = math.prod(shape[2:])
@@ -514,14 +487,12 @@ def orthogonal(key: Key, shape: Shape) -> Array:
     return (q if rows >= columns else q.T).astype(np.float32).reshape(shape)
 
 
-# ------------------------------------------------------------------------------------------------
-# Layers: what they are, and what they take
-# ------------------------------------------------------------------------------------------------
+# === Layers: what they are, and what they take ==================================================
 
-
+Gradients = tuple[Data, Tree]  # dx and grads
 Init = Callable[[Key, Shapes], tuple[Tree, Shapes]]
 Forward = Callable[[Tree, Data], tuple[Data, Any]]
-Backward = Callable[[Tree, Any, Data], tuple[Data, Tree]]
+Backward = Callable[[Tree, Any, Data], Gradients]
 
 
 class Differentiable(Protocol):
@@ -592,6 +563,17 @@ def _constructor(function: _Function) -> _Function:
     return cast(_Function, construct)
 
 
+def _layer(*functions: Callable[..., Any], **options: Any) -> Layer:
+    """A layer of these three functions, each given those of the options that it takes."""
+    bound = []
+    for function in functions:
+        takes = inspect.signature(function).parameters
+        all_of_them = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+        own = {name: options[name] for name in options if all_of_them or name in takes}
+        bound.append(partial(function, **own) if own else function)
+    return Layer(*bound)
+
+
 _WORDS = {"in": "features", "out": "outputs", "C": "channels", "D": "features"}  # in messages
 
 
@@ -622,7 +604,7 @@ def _axes(*forms: Sequence[str]) -> str:
 
 def _check_names(where: str, params: Any, known: Iterable[str]) -> None:
     """Refuse params that are not a dict or have an entry of another layer."""
-    _check_dict(where, "params", params)
+    _check_kind(where, "params", params, dict)
     unknown = sorted(map(str, params.keys() - known - {"key"}))
     if unknown:
         expected = sorted(known)
@@ -632,7 +614,7 @@ def _check_names(where: str, params: Any, known: Iterable[str]) -> None:
 def _entry(where: str, tree: Tree, name: str, dtype: np.dtype[Any] | None = None) -> Array:
     """The array `tree[name]`, in `dtype` if one is given."""
     if name not in tree:
-        _check_dict(where, parent := name.rpartition("/")[0], tree.get(parent, {}))
+        _check_kind(where, parent := name.rpartition("/")[0], tree.get(parent, {}), dict)
         raise ValueError(f"{where}: there is no entry {name!r} in {_names(tree)}")
     _check_array(where, name, tree[name])
     return tree[name].astype(dtype or tree[name].dtype, copy=False)
@@ -719,7 +701,7 @@ class _Form:
             if type(x) is not ndarray or x.dtype.char not in characters:
                 _check_array(layer, what, x, self.kind)
             if type(params) is not dict:
-                _check_dict(layer, "params", params)
+                _check_kind(layer, "params", params, dict)
             params = _flatten(layer, "params", params) if nested else params
             dtype = _entry(layer, params, names[0]).dtype if whole else x.dtype
             shapes, unknown = [x.shape], len(params) - ("key" in params)
@@ -793,14 +775,12 @@ _LINEAR = _Form("N ... in", y="N ... out", W="in out", b_="out")
 
 def _weight_options(where: str, out: Any, init: Any, bias: Any) -> dict[str, Any]:
     """The options of layers with weights, checked."""
-    _check_bool(where, "bias", bias)
-    _check_function(where, "init", init)
+    _check_kind(where, "bias", bias, bool)
+    _check_kind(where, "init", init, Callable)
     return {"out": _whole(where, "out", out, 1), "init": init, "bias": bias}
 
 
-def _weights(
-    where: str, key: Key, init: Initializer, shape: Shape, out: int, bias: bool
-) -> dict[str, Array]:
+def _weights(where: str, key: Key, init: Initializer, shape: Shape, out: int, bias: bool) -> Tree:
     """W of `shape` from `init`; b (out,) of zeros if there are biases."""
     W = init(fold_key(key, 0), shape)
     _check_array(where, "what init returned", W)
@@ -809,12 +789,10 @@ def _weights(
     return {"W": W, "b": np.zeros(out, np.float32)} if bias else {"W": W}
 
 
-def linear_init(
-    key: Key, shape: Shape, *, out: int, init: Initializer, bias: bool
-) -> tuple[Tree, Shape]:
+def linear_init(key: Key, shape: Shape, *, out: int, **weights: Any) -> tuple[Tree, Shape]:
     """W (in, out) from `init`, b (out,) of zeros; shape (..., in) becomes (..., out)."""
     *leading, features = _LINEAR.shape("linear", shape)
-    return _weights("linear", key, init, (features, out), out, bias), (*leading, out)
+    return _weights("linear", key, shape=(features, out), out=out, **weights), (*leading, out)
 
 
 @_LINEAR.forward
@@ -827,9 +805,7 @@ def linear_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_LINEAR.backward()
-def linear_backward(
-    params: Tree, cache: Array, dy: Array, *, need_dx: bool = True
-) -> tuple[Array | None, Tree]:
+def linear_backward(params: Tree, cache: Array, dy: Array, *, need_dx: bool = True) -> Gradients:
     """dx = dy Wᵀ, dW = xᵀ dy, db = Σ dy over all axes but the last."""
     x = cache.reshape(-1, cache.shape[-1])
     rows = dy.reshape(-1, dy.shape[-1])
@@ -843,7 +819,7 @@ def linear_backward(
 def linear(out: int, *, init: Initializer = he_normal, bias: bool = True) -> Layer:
     """Fully connected layer with `out` units: y = x W + b. Any number of leading axes."""
     options = _weight_options("linear", out, init, bias)
-    return Layer(partial(linear_init, **options), linear_forward, linear_backward)
+    return _layer(linear_init, linear_forward, linear_backward, **options)
 
 
 # --- shape ---
@@ -851,9 +827,9 @@ def linear(out: int, *, init: Initializer = he_normal, bias: bool = True) -> Lay
 _FLATTEN = _Form("N ...", y="")
 
 
-def identity_init(key: Key, shape: Shape, *, where: str = "identity") -> tuple[Tree, Shape]:
+def identity_init(key: Key, shape: Shape) -> tuple[Tree, Shape]:
     """No params, and the shape is unchanged."""
-    return {}, _ANY.shape(where, shape)
+    return {}, _ANY.shape("identity", shape)
 
 
 def shape_init(key: Key, shape: Shape, *, forward: Any) -> tuple[Tree, Shape]:
@@ -865,9 +841,8 @@ def shape_init(key: Key, shape: Shape, *, forward: Any) -> tuple[Tree, Shape]:
 
 def _without_params(forward: Any, backward: Any, **options: Any) -> Layer:
     """A layer without params whose forward and backward take these options."""
-    if options:
-        forward, backward = partial(forward, **options), partial(backward, **options)
-    return Layer(partial(shape_init, forward=forward), forward, backward)
+    layer = _layer(shape_init, forward, backward, **options)
+    return Layer(partial(shape_init, forward=layer.forward), *layer[1:])
 
 
 @_ANY.forward
@@ -877,7 +852,7 @@ def identity_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_ANY.backward()
-def identity_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def identity_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx = dy."""
     return dy, {}
 
@@ -896,7 +871,7 @@ def flatten_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_FLATTEN.backward()
-def flatten_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def flatten_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx is dy in the shape of x."""
     shape = len(cache), math.prod(cache.shape[1:])
     return _gradient("flatten", dy, shape, cache.dtype).reshape(cache.shape), {}
@@ -922,7 +897,7 @@ def reshape_forward(params: Tree, x: Array, *, size: Shape) -> tuple[Array, Arra
 
 
 @_FLATTEN.backward()
-def reshape_backward(params: Tree, cache: Array, dy: Array, *, size: Shape) -> tuple[Array, Tree]:
+def reshape_backward(params: Tree, cache: Array, dy: Array, *, size: Shape) -> Gradients:
     """dx is dy in the shape of x."""
     dy = _gradient("reshape", dy, _reshaped(cache, size), cache.dtype)
     return dy.reshape(cache.shape), {}
@@ -945,7 +920,7 @@ def permute_forward(params: Tree, x: Array, *, axes: Shape) -> tuple[Array, Arra
 
 
 @_ANY.backward()
-def permute_backward(params: Tree, cache: Array, dy: Array, *, axes: Shape) -> tuple[Array, Tree]:
+def permute_backward(params: Tree, cache: Array, dy: Array, *, axes: Shape) -> Gradients:
     """dx is dy with its axes in the order of x."""
     return dy.transpose(0, *(np.argsort(axes) + 1)), {}
 
@@ -969,7 +944,7 @@ def last_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_LAST.backward()
-def last_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def last_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx is dy at the last step, and 0 at all others."""
     dx = np.zeros_like(cache)
     dx[:, -1] = dy
@@ -993,7 +968,7 @@ def relu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_ANY.backward()
-def relu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def relu_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx = dy where y > 0, else 0."""
     dx = (cache > 0).astype(cache.dtype)
     dx *= dy
@@ -1013,9 +988,7 @@ def leaky_relu_forward(params: Tree, x: Array, *, slope: float) -> tuple[Array, 
 
 
 @_ANY.backward()
-def leaky_relu_backward(
-    params: Tree, cache: Array, dy: Array, *, slope: float
-) -> tuple[Array, Tree]:
+def leaky_relu_backward(params: Tree, cache: Array, dy: Array, *, slope: float) -> Gradients:
     """dx = dy where x > 0, else slope · dy."""
     return np.where(cache > 0, dy, slope * dy), {}
 
@@ -1023,7 +996,7 @@ def leaky_relu_backward(
 @_constructor
 def leaky_relu(slope: float = 0.01) -> Layer:
     """x where x > 0, else slope · x (Maas et al. 2013). ValueError for a slope not finite."""
-    slope = _number("leaky_relu", "slope", slope, above=-math.inf, below=math.inf)
+    slope = _number("leaky_relu", "slope", slope)
     return _without_params(leaky_relu_forward, leaky_relu_backward, slope=slope)
 
 
@@ -1035,7 +1008,7 @@ def elu_forward(params: Tree, x: Array, *, alpha: float) -> tuple[Array, Array]:
 
 
 @_ANY.backward()
-def elu_backward(params: Tree, cache: Array, dy: Array, *, alpha: float) -> tuple[Array, Tree]:
+def elu_backward(params: Tree, cache: Array, dy: Array, *, alpha: float) -> Gradients:
     """dx = dy where y > 0, else dy · alpha · exp(x) = dy · (y + alpha)."""
     return np.where(cache > 0, dy, dy * (cache + alpha)), {}
 
@@ -1043,7 +1016,7 @@ def elu_backward(params: Tree, cache: Array, dy: Array, *, alpha: float) -> tupl
 @_constructor
 def elu(alpha: float = 1.0) -> Layer:
     """x where x > 0, else alpha · (exp(x) - 1), for alpha > 0 (Clevert et al. 2016)."""
-    alpha = _number("elu", "alpha", alpha, above=0, below=math.inf)
+    alpha = _number("elu", "alpha", alpha, above=0)
     return _without_params(elu_forward, elu_backward, alpha=alpha)
 
 
@@ -1060,7 +1033,7 @@ def sigmoid_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_ANY.backward()
-def sigmoid_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def sigmoid_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx = dy · y · (1 - y)."""
     return dy * (cache * (1 - cache)), {}
 
@@ -1079,7 +1052,7 @@ def tanh_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_ANY.backward()
-def tanh_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def tanh_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx = dy · (1 - y²)."""
     return dy * (1 - cache * cache), {}
 
@@ -1097,7 +1070,7 @@ def softplus_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_ANY.backward()
-def softplus_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def softplus_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx = dy · sigmoid(x)."""
     return dy * _sigmoid(cache), {}
 
@@ -1111,24 +1084,20 @@ def softplus() -> Layer:
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 
 
-def _normal_cdf(x: Array, exact: bool) -> Array:
-    """Φ(x) = erfc(-x/√2)/2, or about (1 + tanh(sqrt(2/π) · (x + 0.044715 x³)))/2."""
-    if exact:  # number by number: NumPy has no erfc, but C has
-        values = map(math.erfc, (-math.sqrt(0.5) * x).ravel().tolist())
-        return 0.5 * np.fromiter(values, x.dtype, x.size).reshape(x.shape)
-    x = np.clip(x, -10, 10)  # the tanh is ±1 from there on, and x³ does not overflow
-    return 0.5 + 0.5 * np.tanh(_SQRT_2_OVER_PI * x * (1 + 0.044715 * x * x))
-
-
 @_ANY.forward
 def gelu_forward(params: Tree, x: Array, *, exact: bool) -> tuple[Array, Tree]:
-    """y = x · Φ(x)."""
-    phi = _normal_cdf(x, exact)
+    """y = x · Φ(x), Φ(x) = erfc(-x/√2)/2 or about (1 + tanh(sqrt(2/π) · (x + 0.044715 x³)))/2."""
+    if exact:  # number by number: NumPy has no erfc, but C has
+        values = map(math.erfc, (-math.sqrt(0.5) * x).ravel().tolist())
+        phi = 0.5 * np.fromiter(values, x.dtype, x.size).reshape(x.shape)
+    else:
+        z = np.clip(x, -10, 10)  # the tanh is ±1 from there on, and z³ does not overflow
+        phi = 0.5 + 0.5 * np.tanh(_SQRT_2_OVER_PI * z * (1 + 0.044715 * z * z))
     return np.maximum(x, -40) * phi, {"x": x, "phi": phi}
 
 
 @_ANY.backward("x", "phi")
-def gelu_backward(params: Tree, cache: Tree, dy: Array, *, exact: bool) -> tuple[Array, Tree]:
+def gelu_backward(params: Tree, cache: Tree, dy: Array, *, exact: bool) -> Gradients:
     """dx = dy · (Φ + x Φ'), Φ' = exp(-x²/2) / sqrt(2π) if exact.
 
     In the tanh form Φ' = 2 Φ (1 - Φ) · sqrt(2/π) · (1 + 3 · 0.044715 x²).
@@ -1144,7 +1113,7 @@ def gelu_backward(params: Tree, cache: Tree, dy: Array, *, exact: bool) -> tuple
 @_constructor
 def gelu(*, exact: bool = False) -> Layer:
     """x · Φ(x) (Hendrycks and Gimpel 2016), or its tanh form, which is 20 times faster."""
-    _check_bool("gelu", "exact", exact)
+    _check_kind("gelu", "exact", exact, bool)
     return _without_params(gelu_forward, gelu_backward, exact=exact)
 
 
@@ -1155,7 +1124,7 @@ def silu_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_ANY.backward()
-def silu_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def silu_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx = dy · s · (1 + x · (1 - s)), s = sigmoid(x)."""
     x, s = cache, _sigmoid(cache)
     return dy * (s * (1 + x * _sigmoid(-x))), {}
@@ -1176,7 +1145,7 @@ def softmax_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_CLASSES.backward()
-def softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def softmax_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx = y · (dy - Σ dy · y)."""
     return cache * (dy - (dy * cache).sum(axis=-1, keepdims=True)), {}
 
@@ -1196,7 +1165,7 @@ def log_softmax_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_CLASSES.backward()
-def log_softmax_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def log_softmax_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx = dy - exp(y) · Σ dy."""
     return dy - np.exp(cache) * dy.sum(axis=-1, keepdims=True), {}
 
@@ -1224,7 +1193,7 @@ def dropout_forward(params: Tree, x: Array, *, rate: float) -> tuple[Array, Tree
 
 
 @_ANY.backward("mask")
-def dropout_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]:
+def dropout_backward(params: Tree, cache: Tree, dy: Array) -> Gradients:
     """dx = dy · mask."""
     return dy * cache["mask"], {}
 
@@ -1237,8 +1206,7 @@ def dropout(rate: float) -> Layer:
     rate outside [0, 1).
     """
     rate = _number("dropout", "rate", rate, minimum=0, below=1)
-    init = partial(identity_init, where="dropout")
-    return Layer(init, partial(dropout_forward, rate=rate), dropout_backward)
+    return _without_params(dropout_forward, dropout_backward, rate=rate)
 
 
 # --- normalization ---
@@ -1270,10 +1238,6 @@ def _per_channel(vector: Array, x: Array) -> Array:
     return np.repeat(vector, W * N).reshape(C, 1, W, N).transpose(3, 0, 1, 2)
 
 
-def _to_float32(leaf: Array) -> Array:
-    return leaf.astype(np.float32) if leaf.dtype.kind == "f" else leaf
-
-
 @_BATCH_NORM.forward
 def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tree]:
     """y = gamma · (x - mean) / sqrt(var + eps) + beta, for x (N, C) or (N, C, H, W).
@@ -1283,30 +1247,28 @@ def batch_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tr
     values towards which `update_statistics` moves params["mean"] and params["var"], and as "count"
     of how many values they are, 0 without a key.
     """
-    mean, var = params["mean"], params["var"]
+    mean, var, count, unbias = params["mean"], params["var"], 0, 1.0
     if "key" in params:
         count = x.size // x.shape[1]
         if count < 2:
             raise ValueError(f"batch_norm: training needs 2 values per channel, got {count}")
-        mean = _channel_sums(x) / count
-        centered = x - _per_channel(mean, x)
+        mean, unbias = _channel_sums(x) / count, count / (count - 1)
+    centered = x - _per_channel(mean, x)
+    if count:
         var = _channel_sums(centered, centered) / count
-        statistics = {"mean": mean, "var": var * (count / (count - 1))}
-        cache = {"statistics": statistics, "count": np.array(count)}
-    else:
-        centered = x - _per_channel(mean, x)
-        cache = {"statistics": {"mean": mean, "var": var}, "count": np.array(0)}
+    cache = {"statistics": {"mean": mean, "var": var * unbias}, "count": np.array(count)}
     inverse_std = 1 / np.sqrt(var + eps)
     if x.dtype == np.float32 and not math.isfinite(var @ inverse_std):  # sums that overflowed
         y, cache = batch_norm_forward(params, x.astype(np.float64), eps=eps)
-        return y.astype(np.float32), tree_map(_to_float32, cache)
+        as_float32 = partial(np.asarray, dtype=np.float32)
+        return as_float32(y), {**tree_map(as_float32, cache), "count": cache["count"]}
     y = centered * _per_channel(params["gamma"] * inverse_std, x)
     y += _per_channel(params["beta"], x)
     return y, {**cache, "centered": centered, "inverse_std": inverse_std}
 
 
 @_BATCH_NORM.backward("centered", "inverse_std")
-def batch_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]:
+def batch_norm_backward(params: Tree, cache: Tree, dy: Array) -> Gradients:
     """dbeta = Σ dy, dgamma = Σ dy · x̂, dx = gamma/σ · (dy - mean(dy) - x̂ · mean(dy · x̂)).
 
     x̂ is the normalized x; sums and means are over all axes but C. At inference mean and var are
@@ -1330,8 +1292,8 @@ def batch_norm(*, eps: float = 1e-5) -> Layer:
     Its running statistics params["mean"] and params["var"] are updated by `update_statistics`.
     ValueError while training on fewer than two values per channel.
     """
-    eps = _number("batch_norm", "eps", eps, above=0, below=math.inf)
-    return Layer(batch_norm_init, partial(batch_norm_forward, eps=eps), batch_norm_backward)
+    eps = _number("batch_norm", "eps", eps, above=0)
+    return _layer(batch_norm_init, batch_norm_forward, batch_norm_backward, eps=eps)
 
 
 def _parts(cache: Any) -> Tree:
@@ -1341,9 +1303,7 @@ def _parts(cache: Any) -> Tree:
     return cache if isinstance(cache, dict) else {}
 
 
-def _statistics(
-    params: Any, cache: Any, path: str = "", lost: bool = False
-) -> Iterator[tuple[str, Any, bool]]:
+def _statistics(params: Any, cache: Any, path: str = "", lost: bool = False) -> Iterator[Any]:
     """(path in params, value in this batch, whether in training mode) of all running statistics."""
     parts = _parts(cache)
     for name, part in parts.items():
@@ -1416,7 +1376,7 @@ def layer_norm_forward(params: Tree, x: Array, *, eps: float) -> tuple[Array, Tr
 
 
 @_LAYER_NORM.backward("normalized", "inverse_std")
-def layer_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tree]:
+def layer_norm_backward(params: Tree, cache: Tree, dy: Array) -> Gradients:
     """dbeta = Σ dy, dgamma = Σ dy · x̂, dx = (g - mean(g) - x̂ · mean(g · x̂)) / σ, g = dy · gamma.
 
     x̂ is the normalized x; the sums are over all axes but the last, the means over the last.
@@ -1434,18 +1394,23 @@ def layer_norm_backward(params: Tree, cache: Tree, dy: Array) -> tuple[Array, Tr
 @_constructor
 def layer_norm(*, eps: float = 1e-5) -> Layer:
     """Normalizes each sample over its last axis (Ba et al. 2016), as PyTorch does."""
-    eps = _number("layer_norm", "eps", eps, above=0, below=math.inf)
-    return Layer(layer_norm_init, partial(layer_norm_forward, eps=eps), layer_norm_backward)
+    eps = _number("layer_norm", "eps", eps, above=0)
+    return _layer(layer_norm_init, layer_norm_forward, layer_norm_backward, eps=eps)
 
 
 _GROUP_NORM = _Form("N C ...", gamma="C", beta="C")
 
 
+def _check_groups(where: str, groups: int, channels: int, owner: str) -> None:
+    if channels % groups:
+        message = f"{groups} groups do not divide the {channels} channels of {owner}"
+        raise ValueError(f"{where}: {message}")
+
+
 def _by_group(x: Array, groups: int) -> tuple[Array, Shape]:
     """x (N, C, ...) seen as (N, groups, C/groups, ...), and the axes of a group."""
     N, C, *others = x.shape
-    if C % groups:
-        raise ValueError(f"group_norm: {groups} groups do not divide the {C} channels of x")
+    _check_groups("group_norm", groups, C, "x")
     return x.reshape(N, groups, C // groups, *others), tuple(range(2, x.ndim + 1))
 
 
@@ -1470,7 +1435,7 @@ def group_norm_forward(params: Tree, x: Array, *, groups: int, eps: float) -> tu
 
 
 @_GROUP_NORM.backward("normalized", "inverse_std")
-def group_norm_backward(params: Tree, cache: Tree, dy: Array, *, groups: int) -> tuple[Array, Tree]:
+def group_norm_backward(params: Tree, cache: Tree, dy: Array, *, groups: int) -> Gradients:
     """As `layer_norm_backward`, with the sums over all axes but C, the means over each group."""
     grads = {"gamma": _channel_sums(dy, cache["normalized"]), "beta": _channel_sums(dy)}
     g, axes = _by_group(dy * _per_channel(params["gamma"], dy), groups)
@@ -1488,12 +1453,8 @@ def group_norm(groups: int, *, eps: float = 1e-5) -> Layer:
     ValueError for groups that do not divide C; `init` finds it from the shape.
     """
     groups = _whole("group_norm", "groups", groups, 1)
-    eps = _number("group_norm", "eps", eps, above=0, below=math.inf)
-    return Layer(
-        partial(group_norm_init, groups=groups),
-        partial(group_norm_forward, groups=groups, eps=eps),
-        partial(group_norm_backward, groups=groups),
-    )
+    eps = _number("group_norm", "eps", eps, above=0)
+    return _layer(group_norm_init, group_norm_forward, group_norm_backward, groups=groups, eps=eps)
 
 
 # --- recurrence and attention ---
@@ -1535,7 +1496,7 @@ def embedding(count: int, size: int, *, init: Initializer = normal(1.0)) -> Laye
     y and grads have the dtype of W. TypeError for floats, ValueError outside 0 to count - 1.
     """
     W = _whole("embedding", "count", count, 1), _whole("embedding", "size", size, 1)
-    _check_function("embedding", "init", init)
+    _check_kind("embedding", "init", init, Callable)
     return Layer(partial(embedding_init, W=W, init=init), embedding_forward, embedding_backward)
 
 
@@ -1566,7 +1527,7 @@ def position_embedding_backward(params: Tree, cache: Array, dy: Array) -> tuple[
 @_constructor
 def position_embedding(*, init: Initializer = normal(0.02)) -> Layer:
     """x (N, T, D) plus a trained vector for each position; ValueError beyond those of `init`."""
-    _check_function("position_embedding", "init", init)
+    _check_kind("position_embedding", "init", init, Callable)
     layer_init = partial(position_embedding_init, init=init)
     return Layer(layer_init, position_embedding_forward, position_embedding_backward)
 
@@ -1613,7 +1574,7 @@ def _recurrent_gradients(
 
 
 def _recurrent(where: str, form: _Form, gates: int, units: Any, reverse: Any, *both: Any) -> Layer:
-    _check_bool(where, "reverse", reverse)
+    _check_kind(where, "reverse", reverse, bool)
     units = _whole(where, "units", units, 1)
     init = partial(recurrent_init, where=where, form=form, gates=gates, units=units)
     return Layer(init, *(partial(function, order=-1 if reverse else 1) for function in both))
@@ -1786,9 +1747,8 @@ def attention(heads: int, *, causal: bool = False) -> Layer:
     If `causal`, no step sees a later one. ValueError for heads that do not divide D.
     """
     heads = _whole("attention", "heads", heads, 1)
-    _check_bool("attention", "causal", causal)
-    init, backward = partial(attention_init, heads=heads), partial(attention_backward, heads=heads)
-    return Layer(init, partial(attention_forward, heads=heads, causal=causal), backward)
+    _check_kind("attention", "causal", causal, bool)
+    return _layer(attention_init, attention_forward, attention_backward, heads=heads, causal=causal)
 
 
 # --- convolution and pooling ---
@@ -1809,37 +1769,31 @@ def _batch_first(rows: Array) -> Array:
 
 
 Pair = tuple[int, int]
-Sides = tuple[Pair, ...]  # of each axis: (above, below), (left, right)
+Size = int | Pair  # one number is that of both axes
+Sides = Sequence[Pair]  # of each axis: (above, below), (left, right)
 
 
-def _pair(where: str, name: str, value: Any, minimum: int) -> Pair:
-    """A whole number, or one for the height and one for the width, as a pair."""
-    pair = value if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(
-            f"{where}: {name} must be a whole number or a pair of them, got {len(pair)} values"
-        )
-    return _whole(where, name, pair[0], minimum), _whole(where, name, pair[1], minimum)
+def _sizes(where: str, name: str, value: Any, minimum: int, axes: int = 2) -> Shape:
+    """A whole number for each axis; one number stands for both axes of an image."""
+    sizes = value if axes == 2 and isinstance(value, (tuple, list)) else (value,) * axes
+    if len(sizes) != axes:
+        wanted = "a whole number or a pair of them"
+        raise ValueError(f"{where}: {name} must be {wanted}, got {len(sizes)} values")
+    return tuple(_whole(where, name, size, minimum) for size in sizes)
 
 
 class _Windows(NamedTuple):
     """How windows move over an image, down and across."""
 
-    size: Pair
-    counts: Pair  # what is padded below and to the right follows from it
-    stride: Pair
-    before: Pair  # pixels of padding above and to the left; negative ones leave pixels out
-    dilation: Pair = (1, 1)
+    size: Shape
+    counts: Shape  # what is padded below and to the right follows from it
+    stride: Shape
+    before: Shape  # pixels of padding above and to the left; negative ones leave pixels out
+    dilation: Shape = (1, 1)
 
 
 def _windows(
-    where: str,
-    image: Shape,
-    size: Shape,
-    *,
-    stride: Shape,
-    padding: Sides,
-    dilation: Shape = (1, 1),
+    where: str, image: Shape, size: Shape, stride: Shape, padding: Sides, dilation: Shape = (1, 1)
 ) -> _Windows:
     """The windows that fit into an image (H, W), or a sequence (T,), with padding around it."""
     covered = [d * (taps - 1) + 1 for d, taps in zip(dilation, size, strict=True)]
@@ -1847,10 +1801,9 @@ def _windows(
     counts = [(p - c) // s + 1 for p, c, s in zip(padded, covered, stride, strict=True)]
     if min(counts) < 1:
         window, whole = (" x ".join(map(str, lengths)) for lengths in (covered, padded))
-        pixels, kind = ("pixels", "image") if len(image) == 2 else ("steps", "sequence")
-        raise ValueError(
-            f"{where}: the window covers {window} {pixels}, but the padded {kind} has {whole}"
-        )
+        unit, what = ("pixels", "image") if len(image) == 2 else ("steps", "sequence")
+        has = f"the padded {what} has {whole}"
+        raise ValueError(f"{where}: the window covers {window} {unit}, but {has}")
     before = [sides[0] for sides in padding]
     axes = [(1, 1, 1, 0, 1), *zip(size, counts, stride, before, dilation, strict=True)]
     return _Windows(*zip(*axes[-2:], strict=True))  # a sequence is an image of one row
@@ -1864,10 +1817,16 @@ def _overlap(count: int, step: int, offset: int, length: int) -> tuple[slice, sl
     return slice(first, last), slice(start, start + (last - first) * step, step)
 
 
-def _taps(windows: _Windows, length: int, axis: int) -> list[tuple[slice, slice]]:
-    """For each tap along an axis of `length` pixels: (windows that have a pixel there, these)."""
+@lru_cache(maxsize=256)  # the same shapes recur at every step
+def _taps(windows: _Windows, length: int, axis: int) -> list[tuple[Any, Any]]:
+    """For each tap along axis 0 (down) or 1 (across), of `length` pixels, two indices of rows.
+
+    One is that of the windows which have a pixel there, the other that of these pixels.
+    """
     size, count, stride, before, dilation = (both[axis] for both in windows)
-    return [_overlap(count, stride, i * dilation - before, length) for i in range(size)]
+    overlaps = [_overlap(count, stride, i * dilation - before, length) for i in range(size)]
+    others = (slice(None),) * (2 * axis)
+    return [((*others, covering), (*others, pixels)) for covering, pixels in overlaps]
 
 
 def _padded(rows: Array, windows: _Windows, top: int, height: int, step: int = 1) -> Array:
@@ -1889,25 +1848,13 @@ def _view(buffer: Array, shape: Shape, strides: Shape, offset: int = 0) -> Array
     return np.ndarray(shape, buffer.dtype, buffer, 0 if 0 in shape else offset, strides)
 
 
-def _unfold(padded: Array, windows: _Windows, groups: int) -> Array:
-    """What each kernel column meets in padded rows: (groups, rows, C/groups, kw, Wo, N)."""
-    height, C, _, N = padded.shape
-    kw, count, stride, _, dilation = (both[1] for both in windows)
-    row, channel, pixel, item = padded.strides
-    shape = (groups, height, C // groups, kw, count, N)
-    strides = (C // groups * channel, row, channel, pixel * dilation, pixel * stride, item)
-    return np.ascontiguousarray(_view(padded, shape, strides))
-
-
-@lru_cache(maxsize=256)  # the same shapes recur at every step
+@lru_cache(maxsize=256)
 def _spans(height: int, windows: _Windows, start: int, stop: int) -> list[tuple[slice, slice]]:
     """Rows of windows from start to stop: (these, the kernel rows that they have in the image)."""
     kh, _, stride, above, dilation = (both[0] for both in windows)
     spans: list[tuple[slice, slice]] = []
     for row in range(start, stop):
-        top = row * stride - above
-        first = max(0, -(top // dilation))
-        taps = slice(first, max(first, min(kh, (height - 1 - top) // dilation + 1)))
+        taps, _ = _overlap(kh, dilation, row * stride - above, height)
         if spans and spans[-1][1] == taps:
             spans[-1] = slice(spans[-1][0].start, row + 1), taps
         else:
@@ -1919,9 +1866,7 @@ _BLOCK = 1 << 22  # bytes that are unfolded at a time; larger blocks take more m
 _NARROW = 64  # columns of a matrix; narrower ones are worth a copy that lays them side by side
 
 
-def _by_windows(
-    rows: Array, windows: _Windows, groups: int
-) -> Iterator[tuple[slice, slice, Array]]:
+def _unfolded(rows: Array, windows: _Windows, groups: int) -> Iterator[tuple[slice, slice, Array]]:
     """Some rows of windows at a time: (these, kernel rows, the pixels under them).
 
     The pixels are (groups, rows, kernel rows·C/groups·kw, Wo·N), a matrix for each row. Where
@@ -1937,17 +1882,22 @@ def _by_windows(
     for start in range(0, Ho, step):
         stop = min(Ho, start + step)
         top, bottom = start * stride - above, (stop - 1) * stride - above + tall
+        if not narrow:
+            top, bottom = max(0, top), max(0, top, min(H, bottom))
+        padded = _padded(rows, windows, top, bottom - top)
+        row, channel, pixel, item = padded.strides
+        tap, window = windows.dilation[1] * pixel, windows.stride[1] * pixel
         if narrow:
-            padded = _padded(rows, windows, top, bottom - top)
-            row, channel, pixel, item = padded.strides
             shape: Shape = (groups, kh, channels, kw, stop - start, Wo, N)
-            strides: Shape = (channels * channel, dilation * row, channel)
-            strides += (windows.dilation[1] * pixel, stride * row, windows.stride[1] * pixel, item)
+            strides: Shape = (channels * channel, dilation * row, channel, tap)
+            strides += (stride * row, window, item)
             size = (groups, 1, kh * channels * kw, (stop - start) * pixels)
             yield slice(start, stop), slice(0, kh), _view(padded, shape, strides).reshape(size)
             continue
-        top, bottom = max(0, top), min(H, bottom)
-        columns = _unfold(_padded(rows, windows, top, max(0, bottom - top)), windows, groups)
+        shape = groups, len(padded), channels, kw, Wo, N  # what each kernel column meets
+        strides = channels * channel, row, channel, tap, window, item
+        columns = np.ascontiguousarray(_view(padded, shape, strides))
+        del padded  # frees the memory
         group, row, *inner = columns.strides
         for below, taps in _spans(H, windows, start, stop):
             count, covered = below.stop - below.start, taps.stop - taps.start
@@ -1958,13 +1908,13 @@ def _by_windows(
             yield below, taps, matrices.reshape(groups, count, covered * channels * kw, pixels)
 
 
-def _correlate(rows: Array, W: Array, windows: _Windows, groups: int, y: Array) -> None:
+def _conv_y(rows: Array, W: Array, windows: _Windows, groups: int, y: Array) -> None:
     """Write y (Ho, out, Wo, N) = W (out, C/groups, kh, kw) · the pixels under each window."""
     (Ho, out, Wo, N), (_, channels, kh, kw) = y.shape, W.shape
     own = out // groups
     kernel = W.reshape(groups, own, channels, kh, kw).swapaxes(2, 3)
     y = y.reshape(Ho, groups, own, Wo * N).swapaxes(0, 1)
-    for below, taps, x in _by_windows(rows, windows, groups):
+    for below, taps, x in _unfolded(rows, windows, groups):
         part, (_, _, size, pixels) = y[:, below], x.shape
         matrix = np.ascontiguousarray(kernel[:, :, taps]).reshape(groups, 1, own, size)
         if pixels == Wo * N:
@@ -1974,15 +1924,13 @@ def _correlate(rows: Array, W: Array, windows: _Windows, groups: int, y: Array) 
             part[...] = product.swapaxes(1, 2)
 
 
-def _correlate_kernel(
-    rows: Array, drows: Array, shape: Shape, windows: _Windows, groups: int
-) -> Array:
+def _conv_dw(rows: Array, drows: Array, shape: Shape, windows: _Windows, groups: int) -> Array:
     """dW of this shape (out, C/groups, kh, kw) = dy (Ho, out, Wo, N) · the pixels under it."""
     (out, channels, kh, kw), (Ho, _, Wo, N) = shape, drows.shape
     own = out // groups
     dy = drows.reshape(Ho, groups, own, Wo * N).transpose(1, 2, 0, 3)
     dW = np.zeros((groups, kh, channels * kw, own), dy.dtype)
-    for below, taps, x in _by_windows(rows, windows, groups):
+    for below, taps, x in _unfolded(rows, windows, groups):
         count, pixels = x.shape[1], x.shape[3]
         right = dy[:, :, below].reshape(groups, own, count, pixels).transpose(0, 2, 3, 1)
         few = max(1, x.nbytes // dW.nbytes)  # so many products take no more memory than x
@@ -2011,10 +1959,8 @@ def _phases(length: int, windows: _Windows) -> Iterator[tuple[slice, list[int], 
             yield slice(first, length, stride), taps[::-1], down
 
 
-def _correlate_transposed(
-    drows: Array, W: Array, shape: Shape, windows: _Windows, groups: int
-) -> Array:
-    """dx of this shape (H, C, W, N), the adjoint of `_correlate` in x: dy meets the turned W."""
+def _conv_dx(drows: Array, W: Array, shape: Shape, windows: _Windows, groups: int) -> Array:
+    """dx of this shape (H, C, W, N), the adjoint of `_conv_y` in x: dy meets the turned W."""
     (H, C, width, N), (out, channels, kh, kw), Wo = shape, W.shape, windows.counts[1]
     _, _, stride, left, dilation = (both[1] for both in windows)
     kernel = W.reshape(groups, out // groups, channels, kh, kw).swapaxes(1, 2)
@@ -2030,34 +1976,22 @@ def _correlate_transposed(
     parts = make((H, len(kernel), across[1], N), drows.dtype)
     for pixels, taps, down in _phases(H, windows):
         moves = _Windows(*zip(down, across, strict=True))
-        _correlate(drows, kernel[:, :, taps], moves, groups, parts[pixels])
+        _conv_y(drows, kernel[:, :, taps], moves, groups, parts[pixels])
     if not fold:
         return parts
     dx = np.zeros(shape, drows.dtype)
     columns = parts.reshape(H, C, kw, Wo, N)
     for j, (covering, pixels) in enumerate(_taps(windows, width, 1)):
         if j * dilation < stride:  # no other tap so far has had these pixels
-            dx[:, :, pixels] = columns[:, :, j, covering]
+            dx[pixels] = columns[:, :, j][covering]
         else:
-            dx[:, :, pixels] += columns[:, :, j, covering]
+            dx[pixels] += columns[:, :, j][covering]
     return dx
 
 
 def _as_image(x: Array) -> Array:
     """A sequence (N, C, T), or a kernel (out, in, k), with one row; images as they are."""
     return x if x.ndim == 4 else x[:, :, None]
-
-
-def _check_groups(where: str, groups: int, channels: int, owner: str) -> None:
-    if channels % groups:
-        message = f"{groups} groups do not divide the {channels} channels of {owner}"
-        raise ValueError(f"{where}: {message}")
-
-
-def _out_groups(where: str, groups: Any, out: int) -> int:
-    groups = _whole(where, "groups", groups, 1)
-    _check_groups(where, groups, out, "y")
-    return groups
 
 
 def _conv_init(
@@ -2084,7 +2018,7 @@ def _conv_forward(where: str, params: Tree, x: Array, groups: int, moves: Tree) 
     windows = _conv_windows(where, x, params["W"], groups, moves)
     W, (Ho, Wo) = _as_image(params["W"]), windows.counts
     y = np.empty((Ho, len(W), Wo, len(x)), x.dtype)
-    _correlate(_rows_first(_as_image(x)), W, windows, groups, y)
+    _conv_y(_rows_first(_as_image(x)), W, windows, groups, y)
     if "b" in params:
         y += params["b"][:, None, None]
     return _batch_first(y) if x.ndim == 4 else _batch_first(y)[:, :, 0]
@@ -2092,46 +2026,47 @@ def _conv_forward(where: str, params: Tree, x: Array, groups: int, moves: Tree) 
 
 def _conv_backward(
     where: str, params: Tree, x: Array, dy: Array, need_dx: bool, groups: int, moves: Tree
-) -> tuple[Array | None, Tree]:
+) -> Gradients:
     windows = _conv_windows(where, x, params["W"], groups, moves)
     shape = (len(x), len(params["W"]), *windows.counts[4 - x.ndim :])
     dy = _as_image(_gradient(where, dy, shape, x.dtype))
     W, rows, drows = _as_image(params["W"]), _rows_first(_as_image(x)), _rows_first(dy)
-    dW = _correlate_kernel(rows, drows, W.shape, windows, groups)
-    grads = {"W": dW.reshape(params["W"].shape)}
+    grads = {"W": _conv_dw(rows, drows, W.shape, windows, groups).reshape(params["W"].shape)}
     if "b" in params:
         grads["b"] = _channel_sums(dy)
     if not need_dx:
         return None, grads
-    dx = _batch_first(_correlate_transposed(drows, W, rows.shape, windows, groups))
+    dx = _batch_first(_conv_dx(drows, W, rows.shape, windows, groups))
     return dx if x.ndim == 4 else dx[:, :, 0], grads
 
 
-def _single(where: str, name: str, value: Any, minimum: int) -> Shape:
-    return (_whole(where, name, value, minimum),)
+def _convolution(
+    where: str, axes: int, out: Any, kernel: Any, groups: Any, init: Any, bias: Any, **moves: Any
+) -> Tree:
+    """The options of a convolution, checked: padding as its sides, the others with a number each.
 
-
-def _moves(
-    where: str, axes: int, kernel: Any, stride: Any, padding: Any, dilation: Any
-) -> tuple[Shape, Tree]:
-    """The kernel's size and how it moves, checked, with a number for each axis."""
-    check = _pair if axes == 2 else _single
-    size, strides = check(where, "kernel", kernel, 1), check(where, "stride", stride, 1)
-    dilations = check(where, "dilation", dilation, 1)
-    missing = [d * (taps - 1) for d, taps in zip(dilations, size, strict=True)]
+    `moves` are stride, dilation and padding, the latter a number or a word.
+    """
+    options = _weight_options(where, out, init, bias)
+    options["kernel"] = _sizes(where, "kernel", kernel, 1, axes)
+    stride, dilation = (_sizes(where, x, moves[x], 1, axes) for x in ("stride", "dilation"))
+    missing = [d * (taps - 1) for d, taps in zip(dilation, options["kernel"], strict=True)]
     words = {"conv1d": "a number, 'same' or 'causal'", "conv2d": "numbers or 'same'"}
-    expected = words.get(where, "numbers")
+    padding, expected = moves["padding"], words.get(where, "numbers")
     if not isinstance(padding, str):
-        sides = [(pixels, pixels) for pixels in check(where, "padding", padding, 0)]
+        sides = [(pixels, pixels) for pixels in _sizes(where, "padding", padding, 0, axes)]
     elif repr(padding) not in expected:
         raise ValueError(f"{where}: padding must be {expected}, got {padding!r}")
     elif padding == "causal":
         sides = [(missing[0], 0)]
-    elif max(strides) > 1:
-        raise ValueError(f"{where}: padding 'same' goes with stride 1, got {stride}")
+    elif max(stride) > 1:
+        raise ValueError(f"{where}: padding 'same' goes with stride 1, got {moves['stride']}")
     else:
         sides = [(pixels // 2, pixels - pixels // 2) for pixels in missing]
-    return size, {"stride": strides, "padding": tuple(sides), "dilation": dilations}
+    options["groups"] = _whole(where, "groups", groups, 1)
+    _check_groups(where, options["groups"], out, "y")
+    options["moves"] = {"stride": stride, "padding": tuple(sides), "dilation": dilation}
+    return options
 
 
 _CONV2D = _Form(**_IMAGES, y="", W="out in kh kw", b_="out")
@@ -2161,7 +2096,7 @@ def conv2d_forward(params: Tree, x: Array, *, groups: int, moves: Tree) -> tuple
 @_CONV2D.backward()
 def conv2d_backward(
     params: Tree, cache: Array, dy: Array, *, need_dx: bool = True, groups: int, moves: Tree
-) -> tuple[Array | None, Tree]:
+) -> Gradients:
     """dW[o, c, i, j] = Σ dy[n, o, r, s] · x[n, c, r·stride + i·dilation, ...], db = Σ dy.
 
     dx is dy correlated with W rotated by 180 degrees.
@@ -2172,11 +2107,11 @@ def conv2d_backward(
 @_constructor
 def conv2d(
     out: int,
-    kernel: int | Pair,
+    kernel: Size,
     *,
-    stride: int | Pair = 1,
-    padding: int | Pair | Literal["same"] = 0,
-    dilation: int | Pair = 1,
+    stride: Size = 1,
+    padding: Size | Literal["same"] = 0,
+    dilation: Size = 1,
     groups: int = 1,
     init: Initializer = he_normal,
     bias: bool = True,
@@ -2189,14 +2124,9 @@ def conv2d(
     into the padded image, channels that W does not take and groups that do not divide; `init`
     finds these from the shape alone.
     """
-    weights = _weight_options("conv2d", out, init, bias)
-    size, moves = _moves("conv2d", 2, kernel, stride, padding, dilation)
-    options: Tree = {"groups": _out_groups("conv2d", groups, out), "moves": moves}
-    return Layer(
-        partial(conv2d_init, kernel=size, **options, **weights),
-        partial(conv2d_forward, **options),
-        partial(conv2d_backward, **options),
-    )
+    moves = {"stride": stride, "padding": padding, "dilation": dilation}
+    options = _convolution("conv2d", 2, out, kernel, groups, init, bias, **moves)
+    return _layer(conv2d_init, conv2d_forward, conv2d_backward, **options)
 
 
 _CONV1D = _Form("N C T", y="", W="out in k", b_="out")
@@ -2219,7 +2149,7 @@ def conv1d_forward(params: Tree, x: Array, *, groups: int, moves: Tree) -> tuple
 @_CONV1D.backward()
 def conv1d_backward(
     params: Tree, cache: Array, dy: Array, *, need_dx: bool = True, groups: int, moves: Tree
-) -> tuple[Array | None, Tree]:
+) -> Gradients:
     """As `conv2d_backward`, along one axis."""
     return _conv_backward("conv1d", params, cache, dy, need_dx, groups, moves)
 
@@ -2241,108 +2171,87 @@ def conv1d(
     Padding "causal" puts dilation · (kernel - 1) zeros to the left, so that y never sees what comes
     after it.
     """
-    weights = _weight_options("conv1d", out, init, bias)
-    size, moves = _moves("conv1d", 1, kernel, stride, padding, dilation)
-    options: Tree = {"groups": _out_groups("conv1d", groups, out), "moves": moves}
-    return Layer(
-        partial(conv1d_init, kernel=size, **options, **weights),
-        partial(conv1d_forward, **options),
-        partial(conv1d_backward, **options),
-    )
+    moves = {"stride": stride, "padding": padding, "dilation": dilation}
+    options = _convolution("conv1d", 1, out, kernel, groups, init, bias, **moves)
+    return _layer(conv1d_init, conv1d_forward, conv1d_backward, **options)
 
 
 _CONV2D_TRANSPOSE = _Form(**_IMAGES, y="", W="C own kh kw", b_="out")
 
 
-def _transposed(
-    image: Shape, W: Shape, groups: int, extra: Pair, moves: Tree
-) -> tuple[Shape, _Windows]:
+def _transposed(image: Shape, W: Shape, groups: int, moves: Tree) -> tuple[Shape, _Windows]:
     """(shape of a sample of y, how the convolution moves over it that has x as its result)."""
     _check_groups("conv2d_transpose", groups, W[0], "x")
+    before = tuple(above for above, _ in moves["padding"])
+    windows = _Windows(W[2:], image, moves["stride"], before, moves["dilation"])
+    axes = zip(*windows, moves["output_padding"], strict=True)
     size = [
-        (length - 1) * stride - sum(sides) + dilation * (taps - 1) + 1 + more
-        for length, taps, more, stride, sides, dilation in zip(
-            image, W[2:], extra, moves["stride"], moves["padding"], moves["dilation"], strict=True
-        )
+        (count - 1) * stride - 2 * before + dilation * (taps - 1) + 1 + more
+        for taps, count, stride, before, dilation, more in axes
     ]
     if min(size) < 1:
         raise ValueError(f"conv2d_transpose: y would have {size[0]} x {size[1]} pixels")
-    (above, _), (left, _) = moves["padding"]
-    windows = _Windows(
-        (W[2], W[3]), (image[0], image[1]), moves["stride"], (above, left), moves["dilation"]
-    )
     return (W[1] * groups, *size), windows
 
 
 def conv2d_transpose_init(
-    key: Key,
-    shape: Shape,
-    *,
-    out: int,
-    kernel: Shape,
-    init: Initializer,
-    bias: bool,
-    groups: int,
-    output_padding: Pair,
-    moves: Tree,
+    key: Key, shape: Shape, *, groups: int, kernel: Shape, moves: Tree, **weights: Any
 ) -> tuple[Tree, Shape]:
     """W (C, out/groups, kh, kw) from `init`, b (out,) of zeros; (C, H, W) becomes (out, Ho, Wo).
 
     Ho = (H - 1) · stride - 2 · padding + dilation · (kh - 1) + output_padding + 1, and so Wo.
     """
     C, *image = _CONV2D_TRANSPOSE.shape("conv2d_transpose", shape)
-    W = (C, out // groups, *kernel)
-    y, _ = _transposed(tuple(image), W, groups, output_padding, moves)
-    return _weights("conv2d_transpose", key, init, W, out, bias), y
+    W = (C, weights["out"] // groups, *kernel)
+    y, _ = _transposed(tuple(image), W, groups, moves)
+    return _weights("conv2d_transpose", key, shape=W, **weights), y
 
 
 @_CONV2D_TRANSPOSE.forward
 def conv2d_transpose_forward(
-    params: Tree, x: Array, *, groups: int, output_padding: Pair, moves: Tree
+    params: Tree, x: Array, *, groups: int, moves: Tree
 ) -> tuple[Array, Array]:
     """y[n, o, r·stride + i·dilation - padding, ...] = b[o] + Σ W[c, o, i, j] · x[n, c, r, s].
 
     Each pixel of x adds W, times its value, to a window of y: the adjoint of `conv2d_forward`.
     """
     W = params["W"]
-    (out, *image), windows = _transposed(x.shape[2:], W.shape, groups, output_padding, moves)
+    (out, *image), windows = _transposed(x.shape[2:], W.shape, groups, moves)
     shape = (image[0], out, image[1], len(x))
-    y = _correlate_transposed(_rows_first(x), W, shape, windows, groups)
+    y = _conv_dx(_rows_first(x), W, shape, windows, groups)
     if "b" in params:
-        if len(params["b"]) != out:
-            raise ValueError(
-                f"conv2d_transpose: W has {out} outputs, but b takes {len(params['b'])}"
-            )
+        if (size := len(params["b"])) != out:
+            raise ValueError(f"conv2d_transpose: W has {out} outputs, but b takes {size}")
         y += params["b"][:, None, None]
     return _batch_first(y), x
 
 
 @_CONV2D_TRANSPOSE.backward()
 def conv2d_transpose_backward(
-    params: Tree, cache: Array, dy: Array, *, groups: int, output_padding: Pair, moves: Tree
-) -> tuple[Array, Tree]:
+    params: Tree, cache: Array, dy: Array, *, groups: int, moves: Tree
+) -> Gradients:
     """dx is dy convolved with W, dW that of a convolution from y to x, db = Σ dy."""
     x, W = cache, params["W"]
-    y, windows = _transposed(x.shape[2:], W.shape, groups, output_padding, moves)
+    y, windows = _transposed(x.shape[2:], W.shape, groups, moves)
     drows = _rows_first(_gradient("conv2d_transpose", dy, (len(x), *y), x.dtype))
     rows = _rows_first(x)
-    grads = {"W": _correlate_kernel(drows, rows, W.shape, windows, groups)}
+    grads = {"W": _conv_dw(drows, rows, W.shape, windows, groups)}
     if "b" in params:
         grads["b"] = _channel_sums(dy)
     dx = np.empty_like(rows)
-    _correlate(drows, W, windows, groups, dx)
+    _conv_y(drows, W, windows, groups, dx)
     return _batch_first(dx), grads
 
 
 @_constructor
 def conv2d_transpose(
     out: int,
-    kernel: int | Pair,
+    kernel: Size,
     *,
-    stride: int | Pair = 1,
-    padding: int | Pair = 0,
-    output_padding: int | Pair = 0,
-    dilation: int | Pair = 1,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    dilation: Size = 1,
     groups: int = 1,
     init: Initializer = he_normal,
     bias: bool = True,
@@ -2354,40 +2263,25 @@ def conv2d_transpose(
     ValueError for a y without pixels and the errors of `conv2d`.
     """
     where = "conv2d_transpose"
-    weights = _weight_options(where, out, init, bias)
-    size, moves = _moves(where, 2, kernel, stride, padding, dilation)
-    extra = _pair(where, "output_padding", output_padding, 0)
-    limits = [max(pair) for pair in zip(moves["stride"], moves["dilation"], strict=True)]
-    if extra[0] >= limits[0] or extra[1] >= limits[1]:
-        raise ValueError(
-            f"{where}: output_padding must be less than stride or dilation, got {extra}"
-        )
-    options: Tree = {
-        "groups": _out_groups(where, groups, out),
-        "output_padding": extra,
-        "moves": moves,
-    }
-    return Layer(
-        partial(conv2d_transpose_init, kernel=size, **options, **weights),
-        partial(conv2d_transpose_forward, **options),
-        partial(conv2d_transpose_backward, **options),
-    )
+    moves = {"stride": stride, "padding": padding, "dilation": dilation}
+    options = _convolution(where, 2, out, kernel, groups, init, bias, **moves)
+    moves = options["moves"]
+    extra = moves["output_padding"] = _sizes(where, "output_padding", output_padding, 0)
+    limits = map(max, moves["stride"], moves["dilation"])
+    if any(more >= limit for more, limit in zip(extra, limits, strict=True)):
+        below = "less than stride or dilation"
+        raise ValueError(f"{where}: output_padding must be {below}, got {extra}")
+    functions = conv2d_transpose_init, conv2d_transpose_forward, conv2d_transpose_backward
+    return _layer(*functions, **options)
 
 
-def _axis_index(axis: int, pixels: slice) -> tuple[slice, ...]:
-    """The index of these pixels along axis 0 (down) or 1 (across) of rows (H, C, W, N)."""
-    return (pixels,) if axis == 0 else (slice(None), slice(None), pixels)
-
-
-def _pool_axis(
-    combine: np.ufunc, outside: float, rows: Array, windows: _Windows, axis: int
-) -> Array:
+def _pool(combine: np.ufunc, outside: float, rows: Array, windows: _Windows, axis: int) -> Array:
     """What each window covers along one axis, combined; padding counts as `outside`."""
     shape = list(rows.shape)
     shape[2 * axis] = windows.counts[axis]
     y = np.empty(shape, rows.dtype)
     for tap, (covering, pixels) in enumerate(_taps(windows, rows.shape[2 * axis], axis)):
-        part, covered = y[_axis_index(axis, covering)], rows[_axis_index(axis, pixels)]
+        part, covered = y[covering], rows[pixels]
         if tap:
             combine(part, covered, out=part)
         else:
@@ -2401,8 +2295,7 @@ def _to_largest(rows: Array, y: Array, dy: Array, windows: _Windows, axis: int) 
     """dy of each window, given to the first pixel that has the window's maximum y."""
     dx = np.zeros(rows.shape, rows.dtype)
     left = dy
-    for tap, (covering, pixels) in enumerate(_taps(windows, rows.shape[2 * axis], axis)):
-        window, pixel = _axis_index(axis, covering), _axis_index(axis, pixels)
+    for tap, (window, pixel) in enumerate(_taps(windows, rows.shape[2 * axis], axis)):
         given = left[window]
         if tap < windows.size[axis] - 1:  # what is left then is the last one's
             given = (rows[pixel] == y[window]).astype(dy.dtype)
@@ -2416,42 +2309,32 @@ def _to_largest(rows: Array, y: Array, dy: Array, windows: _Windows, axis: int) 
     return dx
 
 
-def _pool2d(
-    where: str,
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
-    size: Any,
-    stride: Any,
-    padding: Any,
-) -> Layer:
+def _pool2d(where: str, size: Any, stride: Any, padding: Any, *functions: Any) -> Layer:
     """A pool, its options checked; without a stride the windows lie side by side."""
-    size = _pair(where, "size", size, 1)
-    stride = size if stride is None else _pair(where, "stride", stride, 1)
-    down, across = _pair(where, "padding", padding, 0)
-    if 2 * down > size[0] or 2 * across > size[1]:
-        raise ValueError(
-            f"{where}: padding must be at most half of the window {size}, got {(down, across)}"
-        )
-    sides = (down, down), (across, across)
-    return _without_params(forward, backward, size=size, stride=stride, padding=sides)
+    size = _sizes(where, "size", size, 1)
+    stride = size if stride is None else _sizes(where, "stride", stride, 1)
+    pixels = _sizes(where, "padding", padding, 0)
+    if 2 * pixels[0] > size[0] or 2 * pixels[1] > size[1]:
+        most = f"at most half of the window {size}"
+        raise ValueError(f"{where}: padding must be {most}, got {pixels}")
+    sides = tuple((number, number) for number in pixels)
+    return _without_params(*functions, size=size, stride=stride, padding=sides)
 
 
 @_POOLED.forward
-def max_pool2d_forward(params: Tree, x: Array, *, size: Pair, **options: Any) -> tuple[Array, Tree]:
+def max_pool2d_forward(params: Tree, x: Array, **moves: Any) -> tuple[Array, Tree]:
     """y[n, c, r, s] = the maximum of x[n, c] in the window at (r, s) · stride - padding.
 
     x (N, C, H, W), y (N, C, Ho, Wo); padding counts as -inf.
     """
-    windows = _windows("max_pool2d", x.shape[2:], size, **options)
-    across = _pool_axis(np.maximum, -np.inf, _rows_first(x), windows, 1)
-    y = _batch_first(_pool_axis(np.maximum, -np.inf, across, windows, 0))
+    windows = _windows("max_pool2d", x.shape[2:], **moves)
+    across = _pool(np.maximum, -np.inf, _rows_first(x), windows, 1)
+    y = _batch_first(_pool(np.maximum, -np.inf, across, windows, 0))
     return y, {"x": x, "across": _batch_first(across), "y": y}
 
 
 @_POOLED.backward("x", "across", "y")
-def max_pool2d_backward(
-    params: Tree, cache: Tree, dy: Array, *, size: Pair, **options: Any
-) -> tuple[Array, Tree]:
+def max_pool2d_backward(params: Tree, cache: Tree, dy: Array, **moves: Any) -> Gradients:
     """dx: each dy goes to the maximum of its window, of several, to the first in row-major order.
 
     The first row that has the maximum, and in it the first pixel: so it goes down the column of
@@ -2459,67 +2342,55 @@ def max_pool2d_backward(
     """
     x, across, y = (_rows_first(cache[name]) for name in ("x", "across", "y"))
     H, C, W, N = x.shape
-    windows = _windows("max_pool2d", (H, W), size, **options)
+    windows = _windows("max_pool2d", (H, W), **moves)
     dy = _gradient("max_pool2d", dy, (N, C, *windows.counts), x.dtype)
     dacross = _to_largest(across, y, _rows_first(dy), windows, 0)
     return _batch_first(_to_largest(x, across, dacross, windows, 1)), {}
 
 
 @_constructor
-def max_pool2d(
-    size: int | Pair, *, stride: int | Pair | None = None, padding: int | Pair = 0
-) -> Layer:
+def max_pool2d(size: Size, *, stride: Size | None = None, padding: Size = 0) -> Layer:
     """The maximum of each window, as PyTorch's MaxPool2d. `stride` defaults to `size`.
 
     `size`, `stride` and `padding` (at most half the window) are numbers or pairs (height, width).
     ValueError for a window that does not fit into the padded image.
     """
-    return _pool2d("max_pool2d", max_pool2d_forward, max_pool2d_backward, size, stride, padding)
+    return _pool2d("max_pool2d", size, stride, padding, max_pool2d_forward, max_pool2d_backward)
 
 
 @_POOLED.forward
-def avg_pool2d_forward(
-    params: Tree, x: Array, *, size: Pair, **options: Any
-) -> tuple[Array, Array]:
+def avg_pool2d_forward(params: Tree, x: Array, **moves: Any) -> tuple[Array, Array]:
     """y[n, c, r, s] = the mean of x[n, c] in the window at (r, s) · stride - padding.
 
     x (N, C, H, W), y (N, C, Ho, Wo); padding counts as zeros.
     """
-    windows = _windows("avg_pool2d", x.shape[2:], size, **options)
-    across = _pool_axis(np.add, 0.0, _rows_first(x), windows, 1)
-    y = _pool_axis(np.add, 0.0, across, windows, 0)
-    y *= 1 / math.prod(size)
+    windows = _windows("avg_pool2d", x.shape[2:], **moves)
+    across = _pool(np.add, 0.0, _rows_first(x), windows, 1)
+    y = _pool(np.add, 0.0, across, windows, 0)
+    y *= 1 / math.prod(windows.size)
     return _batch_first(y), x
 
 
 @_POOLED.backward()
-def avg_pool2d_backward(
-    params: Tree, cache: Array, dy: Array, *, size: Pair, **options: Any
-) -> tuple[Array, Tree]:
+def avg_pool2d_backward(params: Tree, cache: Array, dy: Array, **moves: Any) -> Gradients:
     """dx = the sum of dy / (size of a window) over the windows that cover the pixel."""
     x = cache
-    windows = _windows("avg_pool2d", x.shape[2:], size, **options)
+    windows = _windows("avg_pool2d", x.shape[2:], **moves)
     dy = _gradient("avg_pool2d", dy, (*x.shape[:2], *windows.counts), x.dtype)
-    dx = _rows_first(dy) * (1 / math.prod(size))
+    dx = _rows_first(dy) * (1 / math.prod(windows.size))
     for axis in (0, 1):
         drows, shape = dx, list(dx.shape)
         shape[2 * axis] = x.shape[2 + axis]
         dx = np.zeros(shape, x.dtype)
         for covering, pixels in _taps(windows, x.shape[2 + axis], axis):
-            dx[_axis_index(axis, pixels)] += drows[_axis_index(axis, covering)]
+            dx[pixels] += drows[covering]
     return _batch_first(dx), {}
 
 
 @_constructor
-def avg_pool2d(
-    size: int | Pair, *, stride: int | Pair | None = None, padding: int | Pair = 0
-) -> Layer:
-    """The mean of each window, as PyTorch's AvgPool2d. `stride` defaults to `size`.
-
-    `size`, `stride` and `padding` (at most half the window) are numbers or pairs (height, width).
-    ValueError for a window that does not fit into the padded image.
-    """
-    return _pool2d("avg_pool2d", avg_pool2d_forward, avg_pool2d_backward, size, stride, padding)
+def avg_pool2d(size: Size, *, stride: Size | None = None, padding: Size = 0) -> Layer:
+    """The mean of each window, as PyTorch's AvgPool2d; options and errors of `max_pool2d`."""
+    return _pool2d("avg_pool2d", size, stride, padding, avg_pool2d_forward, avg_pool2d_backward)
 
 
 _GLOBAL_AVG_POOL2D = _Form(**_IMAGES, y="N C")
@@ -2532,7 +2403,7 @@ def global_avg_pool2d_forward(params: Tree, x: Array) -> tuple[Array, Array]:
 
 
 @_GLOBAL_AVG_POOL2D.backward()
-def global_avg_pool2d_backward(params: Tree, cache: Array, dy: Array) -> tuple[Array, Tree]:
+def global_avg_pool2d_backward(params: Tree, cache: Array, dy: Array) -> Gradients:
     """dx = dy / (H · W), the same for every pixel."""
     N, C, H, W = cache.shape
     share = np.ascontiguousarray(dy.T)[:, None] * (1 / (H * W))
@@ -2552,9 +2423,7 @@ def upsample2d_forward(params: Tree, x: Array, *, factor: Pair) -> tuple[Array, 
 
 
 @_POOLED.backward()
-def upsample2d_backward(
-    params: Tree, cache: Array, dy: Array, *, factor: Pair
-) -> tuple[Array, Tree]:
+def upsample2d_backward(params: Tree, cache: Array, dy: Array, *, factor: Pair) -> Gradients:
     """dx = the sum of dy over the copies of each pixel."""
     (N, C, H, W), (down, across) = cache.shape, factor
     drows = _rows_first(_gradient("upsample2d", dy, (N, C, H * down, W * across), cache.dtype))
@@ -2563,28 +2432,22 @@ def upsample2d_backward(
 
 
 @_constructor
-def upsample2d(factor: int | Pair) -> Layer:
+def upsample2d(factor: Size) -> Layer:
     """Each pixel `factor` times down and across, a number or a pair; PyTorch's nearest Upsample."""
-    pair = _pair("upsample2d", "factor", factor, 1)
-    return _without_params(upsample2d_forward, upsample2d_backward, factor=pair)
+    sizes = _sizes("upsample2d", "factor", factor, 1)
+    return _without_params(upsample2d_forward, upsample2d_backward, factor=sizes)
 
 
-# ------------------------------------------------------------------------------------------------
-# Combinators: layers made of layers
-# ------------------------------------------------------------------------------------------------
-
+# === Combinators: layers made of layers =========================================================
 
 _Layers = dict[str, LayerLike]
 
 
-def _check_layer(
-    where: str, name: str, layer: Any, functions: Sequence[str] = Layer._fields
-) -> None:
-    for function in functions:
+def _check_layer(where: str, name: str, layer: Any, needs: Sequence[str] = Layer._fields) -> None:
+    for function in needs:
         if not callable(getattr(layer, function, None)):
-            raise TypeError(
-                f"{where}: {name} must be a layer, but {_kind(layer)} has no {function}"
-            )
+            what = f"{_kind(layer)} has no {function}"
+            raise TypeError(f"{where}: {name} must be a layer, but {what}")
 
 
 def _named(where: str, layers: Sequence[LayerLike], named_layers: _Layers) -> _Layers:
@@ -2601,12 +2464,6 @@ def _named(where: str, layers: Sequence[LayerLike], named_layers: _Layers) -> _L
     return children
 
 
-def _combinator(*functions: Callable[..., Any], **options: Any) -> Layer:
-    """A layer whose functions take these options, its children among them."""
-    init, forward, backward = (partial(function, **options) for function in functions)
-    return Layer(init, forward, backward)
-
-
 _RETURNS = {"init": "(params, shape)", "forward": "(y, cache)", "backward": "(dx, grads)"}
 
 
@@ -2617,9 +2474,7 @@ def _two_results(what: str, results: Any) -> tuple[Any, Any]:
     return results[0], results[1]
 
 
-def _call_child(
-    name: str, what: str, function: Callable[..., Any], *arguments: Any
-) -> tuple[Any, Any]:
+def _call_child(name: str, what: str, function: Any, *arguments: Any) -> tuple[Any, Any]:
     """The two results of a child's function; its errors are prefixed with its name."""
     try:
         return _two_results(what, function(*arguments))
@@ -2640,7 +2495,7 @@ def _children(where: str, params: Tree, layers: _Layers) -> Tree:
     keys[:, -1] = np.arange(len(layers))
     children = {}
     for name, key in zip(layers, keys, strict=True):
-        _check_dict(where, f"params[{name!r}]", params.get(name, {}))
+        _check_kind(where, f"params[{name!r}]", params.get(name, {}), dict)
         children[name] = {**params.get(name, {}), "key": key}
     return children
 
@@ -2683,7 +2538,7 @@ def sequential_forward(params: Tree, x: Data, *, layers: _Layers) -> tuple[Data,
 @_quiet
 def sequential_backward(
     params: Tree, cache: Tree, dy: Data, *, need_dx: bool = True, layers: _Layers
-) -> tuple[Data, Tree]:
+) -> Gradients:
     """dy through every layer in reverse; grads are {name: grads} of the layers that have any."""
     _check_names("sequential", params, layers)
     _check_entries("sequential", "cache", cache, layers)
@@ -2696,9 +2551,8 @@ def sequential_backward(
         backward: Callable[..., Any] = layers[name].backward
         if not need_dx and name == names[0]:
             backward = partial(_without_dx, backward)
-        dx, grads[name] = _call_child(
-            name, "backward", backward, params.get(name, {}), cache[name], dx
-        )
+        own = params.get(name, {})
+        dx, grads[name] = _call_child(name, "backward", backward, own, cache[name], dx)
     return (dx if need_dx else None), {name: grads[name] for name in names if grads[name]}
 
 
@@ -2710,7 +2564,7 @@ def sequential(*layers: LayerLike, **named_layers: LayerLike) -> Layer:
     "statistics", an empty one or one with "/" in it; TypeError for what is not a layer.
     """
     named = _named("sequential", layers, named_layers)
-    return _combinator(sequential_init, sequential_forward, sequential_backward, layers=named)
+    return _layer(sequential_init, sequential_forward, sequential_backward, layers=named)
 
 
 # --- branches side by side: `heads` keeps their outputs apart, the others join them ---
@@ -2738,7 +2592,7 @@ def _forward_each(where: str, params: Tree, x: Tree, layers: _Layers) -> tuple[T
 
 def _backward_each(
     where: str, params: Tree, cache: Tree, dy: Tree, need_dx: bool, layers: _Layers
-) -> tuple[Tree, Tree]:
+) -> Gradients:
     """{name: dx} and {name: grads}; no dx at all if it is not needed."""
     _check_names(where, params, layers)
     _check_entries(where, "cache", cache, layers)
@@ -2751,15 +2605,6 @@ def _backward_each(
         if own:
             grads[name] = own
     return (dx if need_dx else {}), grads
-
-
-def _sum(one: Data, other: Data) -> Data:
-    """The sum of two dx of the same x; None, the dx of whole numbers, counts as zero."""
-    if one is None or other is None:
-        return other if one is None else one
-    if isinstance(one, dict):
-        return {name: _sum(one.get(name), other.get(name)) for name in one | other}
-    return one + other
 
 
 def heads_init(key: Key, shape: Shapes, *, layers: _Layers) -> tuple[Tree, Tree]:
@@ -2776,10 +2621,10 @@ def heads_forward(params: Tree, x: Data, *, layers: _Layers) -> tuple[Tree, Tree
 @_quiet
 def heads_backward(
     params: Tree, cache: Tree, dy: Tree, *, need_dx: bool = True, layers: _Layers
-) -> tuple[Data, Tree]:
+) -> Gradients:
     """dx = the sum of the dx of all heads, for dy = {name: dy}."""
     dx, grads = _backward_each("heads", params, cache, dy, need_dx, layers)
-    return reduce(_sum, dx.values(), None), grads
+    return reduce(partial(_sum, "heads", "dx"), dx.values(), None), grads
 
 
 @_constructor
@@ -2789,7 +2634,7 @@ def heads(**named: LayerLike) -> Layer:
     `sequential(body, heads(digit=linear(10), angle=linear(1)))`. Its loss is a function of your
     own that takes such dicts: (prediction, target) -> (loss, {name: dprediction}).
     """
-    return _combinator(heads_init, heads_forward, heads_backward, layers=_named("heads", (), named))
+    return _layer(heads_init, heads_forward, heads_backward, layers=_named("heads", (), named))
 
 
 def _check_same(branch: Shapes, shortcut: Shapes) -> None:
@@ -2809,24 +2654,24 @@ def residual_forward(params: Tree, x: Data, *, layers: _Layers) -> tuple[Data, T
     """y = branch(x) + shortcut(x)."""
     y, cache = _forward_each("residual", params, dict.fromkeys(layers, x), layers)
     _check_same(**tree_map(np.shape, y))
-    return _sum(y["branch"], y["shortcut"]), cache
+    return _sum("residual", "y", y["branch"], y["shortcut"]), cache
 
 
 @_quiet
 def residual_backward(
     params: Tree, cache: Tree, dy: Data, *, need_dx: bool = True, layers: _Layers
-) -> tuple[Data, Tree]:
+) -> Gradients:
     """dx = dx of the branch + dx of the shortcut."""
     both = dict.fromkeys(layers, dy)
     dx, grads = _backward_each("residual", params, cache, both, need_dx, layers)
-    return reduce(_sum, dx.values(), None), grads
+    return reduce(partial(_sum, "residual", "dx"), dx.values(), None), grads
 
 
 @_constructor
 def residual(branch: LayerLike, shortcut: LayerLike = identity()) -> Layer:
     """y = branch(x) + shortcut(x) (He et al. 2016). Both must give the same shape."""
     layers = _named("residual", (), {"branch": branch, "shortcut": shortcut})
-    return _combinator(residual_init, residual_forward, residual_backward, layers=layers)
+    return _layer(residual_init, residual_forward, residual_backward, layers=layers)
 
 
 def _joined(shapes: Tree, axis: int) -> tuple[tuple[Any, ...], Array]:
@@ -2861,7 +2706,7 @@ def concatenate_forward(params: Tree, x: Data, *, layers: _Layers, axis: int) ->
 @_quiet
 def concatenate_backward(
     params: Tree, cache: Tree, dy: Array, *, need_dx: bool = True, layers: _Layers, axis: int
-) -> tuple[Data, Tree]:
+) -> Gradients:
     """dx = the sum of the dx of all branches, each for its part of dy; {name: dx} for a dict x."""
     _check_entries("concatenate", "cache", cache, [*layers, "axis"])
     own, caches = cache["axis"], {name: cache[name] for name in layers}
@@ -2869,7 +2714,8 @@ def concatenate_backward(
     dy = _gradient("concatenate", dy, tuple(own["shape"].tolist()), dy.dtype)
     parts = dict(zip(layers, np.split(dy, own["ends"][:-1], axis), strict=True))
     dx, grads = _backward_each("concatenate", params, caches, parts, need_dx, layers)
-    return (dx if own["split"] else reduce(_sum, dx.values(), None)), grads
+    total = partial(_sum, "concatenate", "dx")
+    return (dx if own["split"] else reduce(total, dx.values(), None)), grads
 
 
 @_constructor
@@ -2883,12 +2729,10 @@ def concatenate(*branches: LayerLike, axis: int = 1, **named: LayerLike) -> Laye
     if _whole("concatenate", "axis", axis, -64) == 0:
         raise ValueError("concatenate: axis must not be 0, the batch")
     functions = concatenate_init, concatenate_forward, concatenate_backward
-    return _combinator(*functions, layers=_named("concatenate", branches, named), axis=axis)
+    return _layer(*functions, layers=_named("concatenate", branches, named), axis=axis)
 
 
-# ------------------------------------------------------------------------------------------------
-# Losses: (prediction, target) -> (loss, dprediction)
-# ------------------------------------------------------------------------------------------------
+# === Losses: (prediction, target) -> (loss, dprediction) ========================================
 
 
 def _check_prediction(where: str, name: str, prediction: Any, classes: bool = False) -> None:
@@ -2901,21 +2745,18 @@ def _check_prediction(where: str, name: str, prediction: Any, classes: bool = Fa
 
 def _check_labels(where: str, labels: Any, prediction: Array) -> None:
     """Refuse what is not one class number for each position of a prediction (N, ..., K)."""
-    *shape, classes = prediction.shape
+    shape, classes = prediction.shape[:-1], prediction.shape[-1]
     if not _is_array(labels):
         raise TypeError(f"{where}: labels must be a NumPy array, got {_kind(labels)}")
-    if labels.shape != tuple(shape):
+    if labels.shape != shape:
         flat = labels.ndim == 1 < len(shape)
         hint = "; for one label per sample put flatten() before the last layer" if flat else ""
-        raise ValueError(
-            f"{where}: labels must have shape {tuple(shape)}, got {labels.shape}{hint}"
-        )
+        raise ValueError(f"{where}: labels must have shape {shape}, got {labels.shape}{hint}")
     if labels.dtype.kind not in "iu":
         raise ValueError(f"{where}: labels must be whole numbers (integers), got {labels.dtype}")
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(
-            f"{where}: labels must be from 0 to {classes - 1}, got {labels.min()} to {labels.max()}"
-        )
+    low, high = labels.min(), labels.max()
+    if low < 0 or high >= classes:
+        raise ValueError(f"{where}: labels must be from 0 to {classes - 1}, got {low} to {high}")
 
 
 def _two_shapes(where: str, target: Array, prediction: Array) -> str:
@@ -3011,9 +2852,8 @@ def cross_entropy(probabilities: Array, target: Array, weights: Weights = None) 
     _check_prediction(where, "probabilities", probabilities, classes=True)
     tolerance = 1e-3  # rounding, and the steps of a gradient check
     if not (probabilities.min() >= -tolerance and probabilities.max() <= 1 + tolerance):
-        raise ValueError(
-            f"{where}: probabilities must be from 0 to 1; for logits use softmax_{where}"
-        )
+        hint = "for logits use softmax_cross_entropy"
+        raise ValueError(f"{where}: probabilities must be from 0 to 1; {hint}")
     t, _ = _probabilities(where, target, probabilities)
     p = np.maximum(probabilities, np.finfo(probabilities.dtype).tiny)
     losses = -np.einsum("...k,...k->...", t, np.log(p))
@@ -3029,7 +2869,7 @@ def hinge(scores: Array, target: Array, margin: float = 1.0, weights: Weights = 
     ValueError for shapes that do not fit, labels out of range or an empty batch.
     """
     _check_prediction("hinge", "scores", scores, classes=True)
-    margin = _number("hinge", "margin", margin, minimum=0, below=math.inf)
+    margin = _number("hinge", "margin", margin, minimum=0)
     _check_labels("hinge", target, scores)
     right = target[..., None]
     excess = scores - np.take_along_axis(scores, right, axis=-1) + margin
@@ -3092,7 +2932,7 @@ def huber(prediction: Array, target: Array, delta: float = 1.0, weights: Weights
     as in `binary_cross_entropy`.
     ValueError for shapes that differ or are empty, or a delta that is not positive.
     """
-    delta = _number("huber", "delta", delta, above=0, below=math.inf)
+    delta = _number("huber", "delta", delta, above=0)
     difference = prediction - _elementwise_target("huber", prediction, target)
     clipped = np.clip(difference, -delta, delta)
     return _mean("huber", clipped * (difference - 0.5 * clipped), clipped, weights)
@@ -3105,16 +2945,14 @@ def l2_penalty(params: Tree, coefficient: float) -> tuple[float, Tree]:
     So weight matrices and kernels are decayed, but not biases, gammas or betas, which get no
     entry in the grads. `tree_add` adds these to the grads of a loss.
     """
-    coefficient = _number("l2_penalty", "coefficient", coefficient, minimum=0, below=math.inf)
+    coefficient = _number("l2_penalty", "coefficient", coefficient, minimum=0)
     arrays = _arrays("l2_penalty", "params", params)
     weights = {path: leaf for path, leaf in arrays.items() if leaf.ndim >= 2}
     loss = sum((0.5 * coefficient * float(np.vdot(W, W)) for W in weights.values()), 0.0)
     return loss, tree_unflatten({path: coefficient * W for path, W in weights.items()})
 
 
-# ------------------------------------------------------------------------------------------------
-# Optimizers: step(params, grads, state) -> (params, state)
-# ------------------------------------------------------------------------------------------------
+# === Optimizers: step(params, grads, state) -> (params, state) ==================================
 
 Rate = float | Callable[[int], float]
 
@@ -3134,41 +2972,42 @@ class Optimizer(NamedTuple):
 
 _PLATEAU = frozenset({"plateau_best", "plateau_count"})  # what reduce_on_plateau adds to a state
 _BELOW_1 = {"minimum": 0.0, "below": 1.0}
-_NOT_NEGATIVE = {"minimum": 0.0, "below": math.inf}
+_NOT_NEGATIVE = {"minimum": 0.0}
 _OPTIONS = {"lr": _NOT_NEGATIVE, "momentum": _BELOW_1, "weight_decay": _NOT_NEGATIVE}
 _OPTIONS |= {"beta1": _BELOW_1, "beta2": _BELOW_1, "decay": _BELOW_1}
-_OPTIONS |= {"eps": {"above": 0.0, "below": math.inf}}
+_OPTIONS |= {"eps": {"above": 0.0}}
+
+
+_Moved = tuple[Array, Tree]  # p and memory after the step
 
 
 class _Rule(NamedTuple):
     """An update rule: update(p, g, memory, **options) -> (p, memory), for every entry."""
 
     name: str
-    update: Callable[..., tuple[Array, Tree]]
+    update: Callable[..., _Moved]
     remembers: Sequence[str]  # quantities, each a tree like params in the state
     options: Tree  # lr and momentum may be schedules
     decoupled: bool = False  # weight decay shrinks the entry instead of adding to its gradient
 
 
-def _check_options(where: str, **options: Any) -> Tree:
-    """The options of an optimizer, checked; lr and momentum may be schedules."""
+def _optimizer(
+    where: str, update: Any, remembers: Sequence[str], options: Tree, decoupled: bool = False
+) -> Optimizer:
+    """An optimizer of these options, checked; without momentum it remembers no velocity."""
     for name, option in options.items():
         if not (name in ("lr", "momentum") and callable(option)):
             options[name] = _number(where, name, option, **_OPTIONS[name])
-    return options
-
-
-def _optimizer(rule: _Rule) -> Optimizer:
+    if not options.get("momentum", True):
+        remembers = [name for name in remembers if name != "velocity"]
+    rule = _Rule(where, update, remembers, options, decoupled)
     return Optimizer(partial(_init_state, rule=rule), partial(_take_step, rule=rule))
-
-
-def _zeros_to_remember(name: str, array: Array) -> Array:
-    return np.zeros((), np.int64) if name == "count" else np.zeros_like(array)
 
 
 def _init_state(params: Tree, *, rule: _Rule) -> Tree:
     _arrays(rule.name, "params", params)
-    trees = {name: tree_map(partial(_zeros_to_remember, name), params) for name in rule.remembers}
+    start = {"count": lambda leaf: np.zeros((), np.int64)}
+    trees = {name: tree_map(start.get(name, np.zeros_like), params) for name in rule.remembers}
     return {"step": np.zeros((), np.int64), "scale": np.ones(()), **trees}
 
 
@@ -3182,7 +3021,7 @@ def _take_step(params: Tree, grads: Tree, state: Tree, *, rule: _Rule) -> tuple[
     """One step of any optimizer: the update of every entry of grads, at the rates of this step."""
     where, options = rule.name, dict(rule.options)
     for name, tree in (("params", params), ("grads", grads), ("state", state)):
-        _check_dict(where, name, tree)
+        _check_kind(where, name, tree, dict)
     if "key" in params:
         raise ValueError(f"{where}: params hold a key; pass the plain params, not training(...)")
     own = {"step", "scale", *rule.remembers}
@@ -3213,17 +3052,14 @@ def _update_tree(
             raise ValueError(f"{rule.name}: grads have an entry {here!r} that params lack")
         p = params[name]
         own = {quantity: tree.get(name) for quantity, tree in memory.items()}
-        both = isinstance(g, dict) and isinstance(p, dict)
-        update = _update_tree if both else _update_entry
+        update = _update_tree if isinstance(g, dict) and isinstance(p, dict) else _update_entry
         params[name], own = update(rule, here, p, g, own, options)
         for quantity, value in own.items():
             memory[quantity][name] = value
     return params, memory
 
 
-def _update_entry(
-    rule: _Rule, path: str, p: Any, g: Any, memory: Tree, options: Tree
-) -> tuple[Array, Tree]:
+def _update_entry(rule: _Rule, path: str, p: Any, g: Any, memory: Tree, options: Tree) -> _Moved:
     """The update of one array, checked, and in the dtype of params."""
     where = f"{rule.name}: {path}"
     if not (type(p) is type(g) is np.ndarray and p.dtype == g.dtype and p.dtype.char in "fd"):
@@ -3255,9 +3091,7 @@ def _update_entry(
     return p, memory
 
 
-def _sgd_update(
-    p: Array, g: Array, memory: Tree, *, lr: float, momentum: float, nesterov: bool
-) -> tuple[Array, Tree]:
+def _sgd(p: Array, g: Array, memory: Tree, *, lr: float, momentum: float, nesterov: bool) -> _Moved:
     if not memory:
         return p - lr * g, {}
     velocity = memory["velocity"] * momentum
@@ -3277,17 +3111,17 @@ def sgd(
     SGD; momentum may be a schedule, as lr. ValueError for nesterov without momentum, a momentum
     outside [0, 1) or a negative rate or decay.
     """
-    _check_bool("sgd", "nesterov", nesterov)
-    options = _check_options("sgd", lr=lr, momentum=momentum, weight_decay=weight_decay)
-    if nesterov and not options["momentum"]:
+    _check_kind("sgd", "nesterov", nesterov, bool)
+    options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    optimizer = _optimizer("sgd", partial(_sgd, nesterov=nesterov), ["velocity"], options)
+    if nesterov and not momentum:
         raise ValueError("sgd: nesterov needs a momentum above 0")
-    update = partial(_sgd_update, nesterov=nesterov)
-    return _optimizer(_Rule("sgd", update, ["velocity"] if options["momentum"] else [], options))
+    return optimizer
 
 
-def _adam_update(
+def _adam(
     p: Array, g: Array, memory: Tree, *, lr: float, beta1: float, beta2: float, eps: float
-) -> tuple[Array, Tree]:
+) -> _Moved:
     count = memory["count"] + 1
     t = int(count.item())
     # In-place work on arrays made here halves the time: each pass over fresh memory is expensive.
@@ -3320,10 +3154,8 @@ def adam(
     weight_decay · p. As PyTorch's Adam (Kingma and Ba 2015). ValueError for a beta outside
     [0, 1), an eps that is not positive, a negative rate or decay.
     """
-    options = _check_options(
-        "adam", lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay
-    )
-    return _optimizer(_Rule("adam", _adam_update, ["m", "v", "count"], options))
+    options = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    return _optimizer("adam", _adam, ["m", "v", "count"], options)
 
 
 def adamw(
@@ -3337,15 +3169,13 @@ def adamw(
 
     As PyTorch's AdamW (Loshchilov and Hutter 2019). Raises the same errors as `adam`.
     """
-    options = _check_options(
-        "adamw", lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay
-    )
-    return _optimizer(_Rule("adamw", _adam_update, ["m", "v", "count"], options, decoupled=True))
+    options = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    return _optimizer("adamw", _adam, ["m", "v", "count"], options, decoupled=True)
 
 
-def _rmsprop_update(
+def _rmsprop(
     p: Array, g: Array, memory: Tree, *, lr: float, decay: float, eps: float, momentum: float
-) -> tuple[Array, Tree]:
+) -> _Moved:
     square_average = decay * memory["square_average"] + (1 - decay) * (g * g)
     change = g / (np.sqrt(square_average) + eps)
     if "velocity" not in memory:
@@ -3367,16 +3197,12 @@ def rmsprop(
     Hinton 2012). ValueError for a decay or momentum outside [0, 1), an eps that is not positive,
     a negative rate or weight decay.
     """
-    options = _check_options(
-        "rmsprop", lr=lr, decay=decay, eps=eps, momentum=momentum, weight_decay=weight_decay
-    )
-    remembers = ["square_average", *(["velocity"] if options["momentum"] else [])]
-    return _optimizer(_Rule("rmsprop", _rmsprop_update, remembers, options))
+    options = {"lr": lr, "decay": decay, "eps": eps, "weight_decay": weight_decay}
+    options["momentum"] = momentum
+    return _optimizer("rmsprop", _rmsprop, ["square_average", "velocity"], options)
 
 
-def _adagrad_update(
-    p: Array, g: Array, memory: Tree, *, lr: float, eps: float
-) -> tuple[Array, Tree]:
+def _adagrad(p: Array, g: Array, memory: Tree, *, lr: float, eps: float) -> _Moved:
     square_sum = memory["square_sum"] + g * g
     return p - lr * (g / (np.sqrt(square_sum) + eps)), {"square_sum": square_sum}
 
@@ -3387,13 +3213,11 @@ def adagrad(lr: Rate = 0.01, eps: float = 1e-10, weight_decay: float = 0.0) -> O
     As PyTorch's Adagrad (Duchi et al. 2011). ValueError for an eps that is not positive, a
     negative rate or decay.
     """
-    options = _check_options("adagrad", lr=lr, eps=eps, weight_decay=weight_decay)
-    return _optimizer(_Rule("adagrad", _adagrad_update, ["square_sum"], options))
+    options = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+    return _optimizer("adagrad", _adagrad, ["square_sum"], options)
 
 
-def _adadelta_update(
-    p: Array, g: Array, memory: Tree, *, lr: float, decay: float, eps: float
-) -> tuple[Array, Tree]:
+def _adadelta(p: Array, g: Array, memory: Tree, *, lr: float, decay: float, eps: float) -> _Moved:
     square_average = decay * memory["square_average"] + (1 - decay) * (g * g)
     change = np.sqrt(memory["change_average"] + eps) / np.sqrt(square_average + eps) * g
     change_average = decay * memory["change_average"] + (1 - decay) * (change * change)
@@ -3410,14 +3234,11 @@ def adadelta(
     2012). ValueError for a decay outside [0, 1), an eps that is not positive, a negative rate or
     weight decay.
     """
-    options = _check_options("adadelta", lr=lr, decay=decay, eps=eps, weight_decay=weight_decay)
-    remembers = ["square_average", "change_average"]
-    return _optimizer(_Rule("adadelta", _adadelta_update, remembers, options))
+    options = {"lr": lr, "decay": decay, "eps": eps, "weight_decay": weight_decay}
+    return _optimizer("adadelta", _adadelta, ["square_average", "change_average"], options)
 
 
-# ------------------------------------------------------------------------------------------------
-# Schedules: step -> learning rate, the first step is 0
-# ------------------------------------------------------------------------------------------------
+# === Schedules: step -> learning rate, the first step is 0 ======================================
 
 Schedule = Callable[[int | np.integer[Any] | Array], float]
 
@@ -3564,9 +3385,7 @@ def reduce_on_plateau(
     return {**state, "scale": np.array(scale), **plateau}
 
 
-# ------------------------------------------------------------------------------------------------
-# Gradient checking
-# ------------------------------------------------------------------------------------------------
+# === Gradient checking ==========================================================================
 
 _SAMPLES = 40  # entries of one array that are compared one by one, when it has more
 _STEP = 3e-6  # near the cube root of float64's precision, where central differences are best
@@ -3626,10 +3445,8 @@ def _compare(probe: _Probe, analytic: Array, y: Array, rtol: float, key: Key) ->
     """AssertionError where backward and central differences disagree."""
     name = f"d{probe.path}" if probe.path[0] == "x" else probe.path.replace("params", "grads", 1)
     if analytic.shape != probe.array.shape:
-        raise AssertionError(
-            f"check_gradients: {name} has shape {analytic.shape},"
-            f" but what it is the gradient of has {probe.array.shape}"
-        )
+        but = f"but what it is the gradient of has {probe.array.shape}"
+        raise AssertionError(f"check_gradients: {name} has shape {analytic.shape}, {but}")
     flat = np.asarray(analytic, np.float64).reshape(-1)
     positions = np.flatnonzero(~np.isfinite(flat))[:1]
     if flat.size <= _SAMPLES:
@@ -3654,10 +3471,8 @@ def _compare(probe: _Probe, analytic: Array, y: Array, rtol: float, key: Key) ->
         if finite and lower <= flat[position] <= upper:
             continue
         index = ", ".join(str(int(i)) for i in np.unravel_index(position, probe.array.shape))
-        raise AssertionError(
-            f"check_gradients: {name}[{index}] is {flat[position]:.10g} by backward,"
-            f" but {slope:.10g} by central differences"
-        )
+        both = f"{flat[position]:.10g} by backward, but {slope:.10g} by central differences"
+        raise AssertionError(f"check_gradients: {name}[{index}] is {both}")
 
 
 def _float64(leaf: Any) -> Any:
@@ -3685,26 +3500,22 @@ def check_gradients(
     has the wrong shape, when y depends on an entry that grads lack, and for grads that params
     lack. Where y has a kink, any slope between those of its two sides is accepted.
     """
-    rtol = _number("check_gradients", "rtol", rtol, above=0, below=math.inf)
+    rtol = _number("check_gradients", "rtol", rtol, above=0)
     _check_layer("check_gradients", "layer", layer, ("forward", "backward"))
     _arrays("check_gradients", "x", {"x": x})
     params = {} if params is None else params
-    _check_dict("check_gradients", "params", params)
+    _check_kind("check_gradients", "params", params, dict)
     inputs = tree_map(_float64, {"params": params, "x": x})
     y, cache = _two_results("forward", layer.forward(inputs["params"], inputs["x"]))
     for path, leaf in tree_flatten({"y": y}).items():
         if not isinstance(leaf, np.ndarray) or leaf.dtype != np.float64:
-            raise AssertionError(
-                f"check_gradients: {path} must be float64 like x, got {_kind(leaf)}"
-            )
+            kind = _kind(leaf)
+            raise AssertionError(f"check_gradients: {path} must be float64 like x, got {kind}")
     r = tree_map(_float64, tree_map(_generator(key).standard_normal, tree_map(np.shape, y)))
     dx, grads = _two_results("backward", layer.backward(inputs["params"], cache, r))
     slopes = tree_flatten({"params": grads or {}, "x": dx})
-    arrays = {
-        path: array
-        for path, array in tree_flatten(inputs).items()
-        if isinstance(array, np.ndarray) and array.dtype.kind == "f"
-    }
+    leaves = tree_flatten(inputs)
+    arrays = {path: leaf for path, leaf in leaves.items() if np.asarray(leaf).dtype == np.float64}
     for path in slopes:
         if path not in arrays and path.startswith("params/"):
             raise AssertionError(f"check_gradients: grads have {path[7:]!r}, but params do not")
@@ -3716,10 +3527,7 @@ def check_gradients(
             _compare(probe, np.asarray(analytic), _vector(y), rtol, fold_key(key, index))
 
 
-# ------------------------------------------------------------------------------------------------
-# Training helpers
-# ------------------------------------------------------------------------------------------------
-
+# === Training helpers ===========================================================================
 
 Loss = Callable[[Data, Data], tuple[float, Data]]
 ValueAndGrad = Callable[[Tree, Data, Data], tuple[float, Tree, Any]]
@@ -3743,7 +3551,7 @@ def value_and_grad(net: Differentiable, loss: Loss) -> ValueAndGrad:
     not a network or not a function.
     """
     _check_layer("value_and_grad", "net", net, ("forward", "backward"))
-    _check_function("value_and_grad", "loss", loss)
+    _check_kind("value_and_grad", "loss", loss, Callable)
     return partial(_value_and_grad, net=net, loss=loss)
 
 
@@ -3756,9 +3564,7 @@ def _only_statistics(cache: Any) -> Tree:
     return found
 
 
-def _shard_gradients(
-    part: tuple[float, Tree, Data, Data], *, gradients: ValueAndGrad
-) -> tuple[float, Tree, Tree]:
+def _shard_gradients(part: Any, *, gradients: ValueAndGrad) -> tuple[float, Tree, Tree]:
     """The loss, grads and statistics of one part, times its share of the batch."""
     share, params, x, target = part
     loss, grads, cache = gradients(params, x, target)
@@ -3767,15 +3573,9 @@ def _shard_gradients(
 
 
 def _data_parallel(
-    params: Tree,
-    x: Data,
-    target: Data,
-    *,
-    gradients: ValueAndGrad,
-    shards: int,
-    map_parts: Callable[..., Any],
+    params: Tree, x: Data, target: Data, *, gradients: ValueAndGrad, shards: int, map_parts: Any
 ) -> tuple[float, Tree, Tree]:
-    _check_dict("data_parallel", "params", params)
+    _check_kind("data_parallel", "params", params, dict)
     data, counts = {"x": x, "target": target}, {}
     for name, array in _flatten("data_parallel", "data", data).items():
         if not _is_array(array) or not array.ndim:
@@ -3842,7 +3642,7 @@ def batches(count: int, size: int, key: Key, drop_last: bool = False) -> Iterato
     """
     count = _whole("batches", "count", count, 1)
     size = _whole("batches", "size", size, 1)
-    _check_bool("batches", "drop_last", drop_last)
+    _check_kind("batches", "drop_last", drop_last, bool)
     stop = count - count % size if drop_last else count
     if not stop:
         raise ValueError(f"batches: {count} samples make no whole batch of {size}")
@@ -3850,9 +3650,7 @@ def batches(count: int, size: int, key: Key, drop_last: bool = False) -> Iterato
     return iter([order[start : start + size] for start in range(0, stop, size)])
 
 
-# ------------------------------------------------------------------------------------------------
-# Augmentation
-# ------------------------------------------------------------------------------------------------
+# === Augmentation ===============================================================================
 
 
 def _spline(length: int, knots: int) -> Array:
@@ -3932,9 +3730,7 @@ def augment(
     return _sample(images, y, x)
 
 
-# ------------------------------------------------------------------------------------------------
-# Exchange with PyTorch, and a summary
-# ------------------------------------------------------------------------------------------------
+# === Exchange with PyTorch, and a summary =======================================================
 
 # Of each layer: the axes of a sample, which axis of the first entry is as long as "in", and every
 # entry of PyTorch's = ours, ".T" where it is transposed, nothing where we do not keep it. What are
@@ -4027,7 +3823,7 @@ def from_torch(net: LayerLike, state: dict[str, Array]) -> Tree:
     The inverse of `to_torch`. ValueError for an entry that is missing, unknown or does not fit the
     options of its layer; TypeError for one that is not an array of float32 or float64.
     """
-    _check_dict("from_torch", "state", state)
+    _check_kind("from_torch", "state", state, dict)
     return tree_unflatten(_exchange("from_torch", net, state, ours=False))
 
 
@@ -4059,9 +3855,7 @@ def summary(net: LayerLike, shape: Any) -> str:
     return "\n".join(map("  ".join, lines))
 
 
-# ------------------------------------------------------------------------------------------------
-# Not pure: files and memory
-# ------------------------------------------------------------------------------------------------
+# === Not pure: files and memory =================================================================
 
 # Modules that only one of these functions needs are imported there, so `import purenn` is quick.
 
@@ -4146,20 +3940,6 @@ def _open(path: str) -> IO[bytes]:
     return open(path, "rb")
 
 
-def _read_array(file: IO[bytes], dtype: np.dtype[Any], shape: Shape, order: Any) -> Array:
-    """The array in the rest of a file, read without allocating more than the file holds."""
-    import io
-    import shutil
-
-    data = io.BytesIO()
-    shutil.copyfileobj(file, data)  # to the end, where checksums are
-    size = math.prod(shape) * dtype.itemsize
-    if data.tell() != size:
-        raise ValueError(f"shape {shape} needs {size} bytes, but it has {data.tell()}")
-    array = np.frombuffer(data.getbuffer(), dtype).reshape(shape, order=order)
-    return array.astype(dtype.newbyteorder("="), copy=False)
-
-
 _NPY_HEADER = re.compile(
     rb"\{'descr': '([<>|][biuf]\d+)', 'fortran_order': (True|False),"
     rb" 'shape': \(((?:\d+L?, ?)+(?:\d+L?)?|)\),? ?\}\s*"  # L: from Python 2
@@ -4171,6 +3951,9 @@ def _read_npy(member: IO[bytes], size: int) -> Array:
 
     NumPy parses the header as Python, and a short text can then take a lot of stack and memory.
     """
+    import io
+    import shutil
+
     version = _NPY.read_magic(member)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"unknown version {version} of the .npy format")
@@ -4181,9 +3964,15 @@ def _read_npy(member: IO[bytes], size: int) -> Array:
         raise ValueError("its header does not describe an array of numbers")
     dtype = np.dtype(header[1].decode())
     shape = tuple(map(int, re.findall(rb"\d+", header[3])))
-    if math.prod(shape) * dtype.itemsize != size - member.tell():
+    needed, data = math.prod(shape) * dtype.itemsize, io.BytesIO()
+    if needed != size - member.tell():
         raise ValueError(f"an array of {dtype} and shape {shape} does not fit in {size} bytes")
-    return _read_array(member, dtype, shape, "F" if header[2] == b"True" else "C")
+    shutil.copyfileobj(member, data)  # to the end, where checksums are
+    if data.tell() != needed:
+        raise ValueError(f"shape {shape} needs {needed} bytes, but it has {data.tell()}")
+    array = np.frombuffer(data.getbuffer(), dtype)
+    array = array.reshape(shape, order="F" if header[2] == b"True" else "C")
+    return array.astype(dtype.newbyteorder("="), copy=False)
 
 
 def read_npz(path: Path, *, ratio: float = 1) -> dict[str, Array]:
@@ -4195,7 +3984,7 @@ def read_npz(path: Path, *, ratio: float = 1) -> dict[str, Array]:
     import zipfile
 
     path = _path("read_npz", path)
-    ratio = _number("read_npz", "ratio", ratio, minimum=1, below=math.inf)
+    ratio = _number("read_npz", "ratio", ratio, minimum=1)
     arrays: dict[str, Array] = {}
     with _blame_file(path), _open(path) as file, zipfile.ZipFile(file) as archive:
         members = archive.infolist()

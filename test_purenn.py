@@ -1416,12 +1416,12 @@ def test_a_causal_convolution_sees_no_later_step_and_the_same_one_keeps_the_leng
     image=st.tuples(st.integers(1, 6), st.integers(1, 6)),
 )
 def test_conv2d_transpose_is_the_adjoint_of_conv2d(layer, batch, image):
-    extra, moves = layer.forward.keywords["output_padding"], layer.forward.keywords["moves"]
+    moves = layer.forward.keywords["moves"]
     size, stride, dilation = layer.init.keywords["kernel"], moves["stride"], moves["dilation"]
     lengths = [
         (n - 1) * s - sum(sides) + d * (k - 1) + 1 + e
         for n, s, sides, d, k, e in zip(
-            image, stride, moves["padding"], dilation, size, extra, strict=True
+            image, stride, moves["padding"], dilation, size, moves["output_padding"], strict=True
         )
     ]
     if min(lengths) < 1:
@@ -5720,7 +5720,7 @@ TOUCHES |= {"seterr", "setattr", "exec", "eval", "print", "input", "global", "en
 def test_nothing_pure_touches_the_disk_or_the_process():
     """In the file: all that does stands under the last banner, and nothing above calls it."""
     source = (REPOSITORY / "purenn.py").read_text(encoding="utf-8")
-    banners = list(re.finditer(r"^# -{90,}\n# (.+)\n# -{90,}$", source, re.MULTILINE))
+    banners = list(re.finditer(r"^# === (.+?) =+$", source, re.MULTILINE))
     assert banners[-1][1].startswith("Not pure")
     first = source[: banners[-1].start()].count("\n")
     tree = ast.parse(source)

@@ -420,7 +420,7 @@ def format_survivor(mutant: Mutant, lines: list[str]) -> str:
 
 def format_scores(mutants: list[Mutant], survivors: set[str], source: str) -> str:
     """Killed and all, for each section of purenn.py and for the whole."""
-    banners = re.finditer(r"^# -{20,}\n# (.+)\n(?:#.*\n)*?# -{20,}\n", source, re.MULTILINE)
+    banners = re.finditer(r"^# === (.+?) =+$", source, re.MULTILINE)
     starts = [(source.count("\n", 0, banner.start()), banner[1]) for banner in banners]
     counts: dict[str, list[int]] = {}
     for mutant in mutants:
