@@ -1829,15 +1829,15 @@ def _taps(windows: _Windows, length: int, axis: int) -> list[tuple[Any, Any]]:
     return [((*others, covering), (*others, pixels)) for covering, pixels in overlaps]
 
 
-def _padded(rows: Array, windows: _Windows, top: int, height: int, step: int = 1) -> Array:
-    """The rows top, top + step, ... of an image in its padding; no copy where none is needed."""
+def _padded(rows: Array, windows: _Windows, top: int, height: int) -> Array:
+    """`height` rows of an image in its padding, contiguous; no copy where none is needed."""
     H, C, W, N = rows.shape
     kw, count, stride, left, dilation = (both[1] for both in windows)
     width = (count - 1) * stride + (kw - 1) * dilation + 1
-    if width <= W and left == 0 and step == 1 and 0 <= top <= H - height:
-        return rows[top : top + height]
+    if width <= W and left == 0 <= top <= H - height:
+        return np.ascontiguousarray(rows[top : top + height])
     padded = np.zeros((height, C, width, N), rows.dtype)
-    lines, inside = _overlap(height, step, top, H)
+    lines, inside = _overlap(height, 1, top, H)
     columns, pixels = _overlap(width, 1, -left, W)
     padded[lines, :, columns] = rows[inside, :, pixels]
     return padded
@@ -1908,19 +1908,33 @@ def _unfolded(rows: Array, windows: _Windows, groups: int) -> Iterator[tuple[sli
             yield below, taps, matrices.reshape(groups, count, covered * channels * kw, pixels)
 
 
+def _by_groups(
+    rows: Array, windows: _Windows, groups: int
+) -> Iterator[tuple[slice, slice, slice, Array]]:
+    """`_unfolded` for some groups at a time, those whose images fit: (these, ...)."""
+    channels = rows.shape[1] // groups
+    fit = _BLOCK // 2 * groups // max(1, rows.nbytes * windows.size[1])
+    step = min(groups, max(1, fit))
+    for first in range(0, groups, step):
+        last = min(groups, first + step)
+        part = rows[:, first * channels : last * channels]
+        for below, taps, x in _unfolded(part, windows, last - first):
+            yield slice(first, last), below, taps, x
+
+
 def _conv_y(rows: Array, W: Array, windows: _Windows, groups: int, y: Array) -> None:
     """Write y (Ho, out, Wo, N) = W (out, C/groups, kh, kw) · the pixels under each window."""
     (Ho, out, Wo, N), (_, channels, kh, kw) = y.shape, W.shape
     own = out // groups
     kernel = W.reshape(groups, own, channels, kh, kw).swapaxes(2, 3)
     y = y.reshape(Ho, groups, own, Wo * N).swapaxes(0, 1)
-    for below, taps, x in _unfolded(rows, windows, groups):
-        part, (_, _, size, pixels) = y[:, below], x.shape
-        matrix = np.ascontiguousarray(kernel[:, :, taps]).reshape(groups, 1, own, size)
+    for few, below, taps, x in _by_groups(rows, windows, groups):
+        part, (count, _, size, pixels) = y[few, below], x.shape
+        matrix = np.ascontiguousarray(kernel[few, :, taps]).reshape(count, 1, own, size)
         if pixels == Wo * N:
             np.matmul(matrix, x, out=part)
         else:
-            product = np.matmul(matrix, x).reshape(groups, own, part.shape[1], Wo * N)
+            product = np.matmul(matrix, x).reshape(count, own, part.shape[1], Wo * N)
             part[...] = product.swapaxes(1, 2)
 
 
@@ -1930,14 +1944,14 @@ def _conv_dw(rows: Array, drows: Array, shape: Shape, windows: _Windows, groups:
     own = out // groups
     dy = drows.reshape(Ho, groups, own, Wo * N).transpose(1, 2, 0, 3)
     dW = np.zeros((groups, kh, channels * kw, own), dy.dtype)
-    for below, taps, x in _unfolded(rows, windows, groups):
-        count, pixels = x.shape[1], x.shape[3]
-        right = dy[:, :, below].reshape(groups, own, count, pixels).transpose(0, 2, 3, 1)
-        few = max(1, x.nbytes // dW.nbytes)  # so many products take no more memory than x
-        for r in range(0, count, few):
+    for few, below, taps, x in _by_groups(rows, windows, groups):
+        part, (count, products, _, pixels) = dW[few, taps], x.shape
+        right = dy[few, :, below].reshape(count, own, products, pixels).transpose(0, 2, 3, 1)
+        step = x.nbytes // max(1, part.nbytes) or 1  # products that take no more memory than x
+        for r in range(0, products, step):
             # x is on the left: there BLAS is up to 1.7 times faster.
-            product = np.matmul(x[:, r : r + few], right[:, r : r + few]).sum(axis=1)
-            dW[:, taps] += product.reshape(groups, -1, channels * kw, own)
+            product = np.matmul(x[:, r : r + step], right[:, r : r + step]).sum(axis=1)
+            part += product.reshape(part.shape)
     dW = dW.reshape(groups, kh, channels, kw, own).transpose(0, 4, 2, 1, 3)
     return np.ascontiguousarray(dW).reshape(shape)
 
