@@ -2,13 +2,13 @@
 
     python benchmarks/table.py [--rounds 9] [--quick] [--only TEXT] [--plot FILE]
 
-float32, two threads. Ratios are to PyTorch eager in the faster of its memory formats. A step is
-`value_and_grad`, `optimizer.step` and `update_statistics`, and `zero_grad`, loss, `backward`,
-`optimizer.step` and `loss.item()`; forward + backward also computes the gradient of the input, in
-the faster of two memory orders in either library. Two workers are Python threads with one BLAS
-thread each, and half of the batch: a step is `data_parallel`'s; elsewhere the gradients are added
-up, those of the input stay in two halves, and outputs are joined. With --plot, steps of growing
-size are measured instead of the table, and drawn.
+float32, two threads; one sample also with one thread, in either library. Ratios are to PyTorch
+eager in the faster of its memory formats. A step is `value_and_grad`, `optimizer.step` and
+`update_statistics`, and `zero_grad`, loss, `backward`, `optimizer.step` and `loss.item()`; forward
++ backward also computes the gradient of the input, in the faster of two memory orders in either
+library. Two workers are Python threads with one BLAS thread each, and half of the batch: a step is
+`data_parallel`'s; elsewhere the gradients are added up, those of the input stay in two halves, and
+outputs are joined. With --plot, steps of growing size are measured instead of the table, and drawn.
 """
 
 from __future__ import annotations
@@ -230,11 +230,14 @@ ENGINES = {  # engine: threads of BLAS or PyTorch
     "torch reordered": 2,
     "purenn": 2,
     "purenn reordered": 2,
+    "torch one thread": 1,
+    "torch reordered one thread": 1,
+    "purenn one thread": 1,
     "purenn workers": 1,
     "purenn workers reordered": 1,
 }
-TORCH = ("torch", "torch reordered")
-PLAIN = ("purenn", "purenn reordered")
+TORCH = ("torch", "torch reordered", "torch one thread", "torch reordered one thread")
+PLAIN = ("purenn", "purenn reordered", "purenn one thread")
 WORKERS = ("purenn workers", "purenn workers reordered")
 LEARNING_RATE = 1e-6  # thousands of steps on one batch leave the network, and its cost, as it is
 
@@ -243,7 +246,9 @@ def measures(engine: str, workload: Workload) -> bool:
     """Whether an engine has anything of its own to measure here."""
     if engine in WORKERS and workload.batch == 1:
         return False
-    if engine.endswith("reordered"):
+    if engine.endswith("one thread") and (workload.batch > 1 or workload.does != "forward"):
+        return False
+    if "reordered" in engine:
         return len(workload.shape) == 3 and (engine in TORCH or workload.does == "gradients")
     return True
 
@@ -299,7 +304,7 @@ def purenn_case(workload: Workload, engine: str) -> Callable[[], object]:
         optimizer = {"sgd": sgd, "adam": nn.adam}[workload.optimizer](LEARNING_RATE)
         return purenn_step(nn, net, workload.shape, gradients, optimizer, (x, labels))
     xs = np.split(x, 2) if engine in WORKERS else [x]
-    if engine.endswith("reordered"):
+    if "reordered" in engine:
         before = nn.conv2d(workload.shape[0], 1)
         xs = [before.forward(before.init(0, workload.shape)[0], part)[0] for part in xs]
     dys = [np.ones_like(net.forward(params, part)[0]) for part in xs]
@@ -416,7 +421,7 @@ def torch_case(workload: Workload, engine: str) -> Callable[[], object]:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # lazy modules are new, it says
         net(x)
-    if engine == "torch reordered":
+    if "reordered" in engine:
         order = torch.channels_last
         net, x = net.to(memory_format=order), x.to(memory_format=order)
     if workload.does == "forward":
