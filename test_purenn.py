@@ -1486,6 +1486,56 @@ def test_rows_of_windows_with_the_same_kernel_rows_are_one_product_and_so_are_na
                 assert len(products) == expected
 
 
+def test_as_many_rows_and_groups_are_unfolded_at_a_time_as_fit(products, monkeypatch):
+    def count(layer, shape, block):
+        monkeypatch.setattr(nn, "_BLOCK", block)
+        params, _ = layer.init(0, shape[1:])
+        products.clear()
+        layer.forward(params, np.ones(shape))
+        return len(products)
+
+    for batch, kernel in itertools.product((1, 40), (1, 2)):  # narrow rows and wide ones
+        layer, shape = nn.conv2d(1, (kernel, 3)), (batch, 1, 10, 8)
+        row = 3 * 6 * batch * 8 * (kernel if batch == 1 else 1)
+        for fit in (2, 3, 4, 5):
+            step = fit - kernel + 1
+            assert count(layer, shape, fit * row) == -(-(11 - kernel) // step)
+            assert count(layer, shape, fit * row - 1) == -(-(11 - kernel) // max(1, step - 1))
+        assert count(layer, shape, 1) == 11 - kernel
+    depthwise, shape = nn.conv2d(6, (1, 3), groups=6), (40, 6, 10, 8)
+    group = 3 * 10 * 8 * 40 * 8
+    for fit in (2, 3, 4):
+        assert count(depthwise, shape, 2 * fit * group) == -(-6 // fit)
+        assert count(depthwise, shape, 2 * fit * group - 2) == -(-6 // (fit - 1))
+
+
+@pytest.mark.parametrize("batch", [1, 40])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.conv2d(4, 3, padding=1),
+        nn.conv2d(4, 3, stride=2, padding=2, dilation=2),
+        nn.conv2d(4, (3, 2), groups=2, stride=(1, 2)),
+        nn.conv2d(6, 3, groups=6, padding=1),
+        nn.conv2d_transpose(4, 3, stride=2, groups=2),
+    ],
+    ids=repr,
+)
+def test_the_size_of_blocks_changes_only_rounding(monkeypatch, layer, batch):
+    params, shape = layer.init(0, (6, 9, 8))
+    rng = np.random.default_rng(0)
+    params, x = with_values(params, 1), rng.normal(size=(batch, 6, 9, 8))
+    dy = rng.normal(size=(batch, *shape))
+    results = []
+    for block in (1 << 22, 1, 3000, 20_000, 200_000):
+        monkeypatch.setattr(nn, "_BLOCK", block)
+        y, cache = layer.forward(params, x)
+        dx, grads = layer.backward(params, cache, dy)
+        results.append({"y": y, "dx": dx, **grads})
+    for blocked in results[1:]:
+        assert_close(blocked, results[0], 1e-11, 1e-11)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_gradient_of_a_kernel_is_one_product_or_as_many_as_memory_allows(products, groups):
     def backward(batch, size, channels):
