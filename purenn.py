@@ -629,12 +629,34 @@ def _own_cache(where: str, cache: Any, entries: Sequence[str]) -> Tree:
     return {**cache, **{name: _entry(where, cache, name, dtype) for name in entries}}
 
 
+_IMAGE = ["N", "C", "H", "W"]
+
+
+def _axes_hint(forms: Sequence[Sequence[str]], x: Shape) -> str:
+    """What to do about an x that does not have the axes of any of the forms."""
+    if 0 in x[1:]:
+        return "; only N may be empty"
+    if forms != [_IMAGE] or len(x) not in (2, 3):
+        return ""
+    if len(x) == 2:
+        return "; a single gray image needs x[None, None]"
+    single = ", a single image x[None]" if x[0] in (1, 3) else ""
+    return f"; gray images need a channel axis, x[:, None]{single}"
+
+
+def _size_hint(x: Shape, takes: int) -> str:
+    """What to do about an x whose axes are as long as others than those that W takes."""
+    if len(x) == 4 and x[3] == takes:
+        return "; channels come before height and width, see x.transpose(0, 3, 1, 2)"
+    return "; a flatten() before it would fit" if math.prod(x[1:]) == takes else ""
+
+
 def _check_axes(form: _Form, layer: str, what: str, x: Shape, *entries: Shape | None) -> Shape:
     """The shape of y; ValueError where shapes do not fit the form or each other."""
     bound = [(axes, sizes) for axes in form.x if (sizes := _bind(axes, x)) is not None]
     if not bound:
-        hint = "; only N may be empty" if 0 in x[1:] else form.hint if len(x) == 3 else ""
-        raise ValueError(f"{layer}: {what} must be {_axes(*form.x)}, got shape {x}{hint}")
+        got = f"got shape {x}{_axes_hint(form.x, x)}"
+        raise ValueError(f"{layer}: {what} must be {_axes(*form.x)}, {got}")
     axes, sizes = bound[0]
     owners = dict.fromkeys(sizes, what)
     for (name, own_axes), shape in zip(form.entries.items(), entries, strict=True):
@@ -645,7 +667,8 @@ def _check_axes(form: _Form, layer: str, what: str, x: Shape, *entries: Shape | 
         for axis, size in own.items():
             if sizes.setdefault(axis, size) != size:
                 has = f"{owners[axis]} has {sizes[axis]} {_WORDS.get(axis, axis)}"
-                raise ValueError(f"{layer}: {has}, but {name} takes {size}")
+                hint = _size_hint(x, size) if owners[axis] == what else ""
+                raise ValueError(f"{layer}: {has}, but {name} takes {size}{hint}")
             owners.setdefault(axis, name)
     y: Shape = ()
     for axis in axes if form.y is None else form.y:
@@ -674,11 +697,10 @@ class _Form:
     holds whole numbers: y then has the dtype of the first entry.
     """
 
-    def __init__(self, x: str, *, y: str | None = None, hint: str = "", **entries: str) -> None:
+    def __init__(self, x: str, *, y: str | None = None, **entries: str) -> None:
         self.kind = _WHOLE if x.startswith("whole: ") else _FLOATS
         self.x = [axes.split() for axes in x.removeprefix("whole: ").split("|")]
         self.y = None if y is None else y.split()
-        self.hint = hint  # for an x that lacks one axis
         self.entries = {name.rstrip("_"): axes.split() for name, axes in entries.items()}
         self.optional = {name.rstrip("_") for name in entries if name.endswith("_")}
 
@@ -687,7 +709,9 @@ class _Form:
         shape = _check_shape(layer, shape)
         samples = [axes[1:] for axes in self.x]
         if all(_bind(axes, shape) is None for axes in samples):
-            raise ValueError(f"{layer}: shape must be {_axes(*samples)}, got {shape}")
+            gray = self.x == [_IMAGE] and len(shape) == 2
+            hint = f"; gray images have one channel, {(1, *shape)}" if gray else ""
+            raise ValueError(f"{layer}: shape must be {_axes(*samples)}, got {shape}{hint}")
         return shape
 
     def checker(self, layer: str, what: str) -> Callable[[Any, Any], tuple[Tree, Shape, Any]]:
@@ -764,8 +788,7 @@ class _Form:
 
 _ANY = _Form("N ...")  # what element-wise layers take
 _CLASSES = _Form("N ... classes")
-_IMAGES = {"x": "N C H W", "hint": "; a single image needs x[None], gray images need x[:, None]"}
-_POOLED = _Form(**_IMAGES, y="")
+_POOLED = _Form("N C H W", y="")
 
 
 # --- dense ---
@@ -2025,7 +2048,9 @@ def _conv_windows(where: str, x: Array, W: Array, groups: int, moves: Tree) -> _
         taps = "kh, kw" if W.ndim == 4 else "k"
         raise ValueError(f"{where}: W must be (out, in/{groups}, {taps}), got shape {W.shape}")
     if x.shape[1] != W.shape[1] * groups:
-        raise ValueError(f"{where}: x has {x.shape[1]} channels, but W takes {W.shape[1] * groups}")
+        channels = W.shape[1] * groups
+        takes = f"but W takes {channels}{_size_hint(x.shape, channels)}"
+        raise ValueError(f"{where}: x has {x.shape[1]} channels, {takes}")
     return _windows(where, x.shape[2:], W.shape[2:], **moves)
 
 
@@ -2084,7 +2109,7 @@ def _convolution(
     return options
 
 
-_CONV2D = _Form(**_IMAGES, y="", W="out in kh kw", b_="out")
+_CONV2D = _Form("N C H W", y="", W="out in kh kw", b_="out")
 
 
 def conv2d_init(
@@ -2191,7 +2216,7 @@ def conv1d(
     return _layer(conv1d_init, conv1d_forward, conv1d_backward, **options)
 
 
-_CONV2D_TRANSPOSE = _Form(**_IMAGES, y="", W="C own kh kw", b_="out")
+_CONV2D_TRANSPOSE = _Form("N C H W", y="", W="C own kh kw", b_="out")
 
 
 def _transposed(image: Shape, W: Shape, groups: int, moves: Tree) -> tuple[Shape, _Windows]:
@@ -2408,7 +2433,7 @@ def avg_pool2d(size: Size, *, stride: Size | None = None, padding: Size = 0) -> 
     return _pool2d("avg_pool2d", size, stride, padding, avg_pool2d_forward, avg_pool2d_backward)
 
 
-_GLOBAL_AVG_POOL2D = _Form(**_IMAGES, y="N C")
+_GLOBAL_AVG_POOL2D = _Form("N C H W", y="N C")
 
 
 @_GLOBAL_AVG_POOL2D.forward
@@ -2764,8 +2789,8 @@ def _check_labels(where: str, labels: Any, prediction: Array) -> None:
     if not _is_array(labels):
         raise TypeError(f"{where}: labels must be a NumPy array, got {_kind(labels)}")
     if labels.shape != shape:
-        flat = labels.ndim == 1 < len(shape)
-        hint = "; for one label per sample put flatten() before the last layer" if flat else ""
+        fewer = labels.ndim < len(shape)
+        hint = "; for one label per sample put flatten() before the last layer" if fewer else ""
         raise ValueError(f"{where}: labels must have shape {shape}, got {labels.shape}{hint}")
     if labels.dtype.kind not in "iu":
         raise ValueError(f"{where}: labels must be whole numbers (integers), got {labels.dtype}")
@@ -2775,7 +2800,9 @@ def _check_labels(where: str, labels: Any, prediction: Array) -> None:
 
 
 def _two_shapes(where: str, target: Array, prediction: Array) -> str:
-    return f"{where}: target has shape {target.shape}, but the prediction has {prediction.shape}"
+    both = f"target has shape {target.shape}, but the prediction has {prediction.shape}"
+    hint = "; put flatten() before the last layer" if target.ndim < prediction.ndim > 2 else ""
+    return f"{where}: {both}{hint}"
 
 
 def _probabilities(where: str, target: Any, prediction: Array) -> tuple[Array, Array | float]:
@@ -3037,8 +3064,6 @@ def _take_step(params: Tree, grads: Tree, state: Tree, *, rule: _Rule) -> tuple[
     where, options = rule.name, dict(rule.options)
     for name, tree in (("params", params), ("grads", grads), ("state", state)):
         _check_kind(where, name, tree, dict)
-    if "key" in params:
-        raise ValueError(f"{where}: params hold a key; pass the plain params, not training(...)")
     own = {"step", "scale", *rule.remembers}
     if not own <= state.keys() <= own | _PLATEAU:
         raise ValueError(f"{where}: the state is not this optimizer's, it has {_names(state)}")
@@ -3056,6 +3081,10 @@ def _take_step(params: Tree, grads: Tree, state: Tree, *, rule: _Rule) -> tuple[
 def _update_tree(
     rule: _Rule, path: str, params: Tree, grads: Tree, memory: Tree, options: Tree
 ) -> tuple[Tree, Tree]:
+    if "key" in params:
+        raise ValueError(
+            f"{rule.name}: params hold a key; pass the plain params, not training(...)"
+        )
     for quantity, tree in memory.items():
         if not isinstance(tree, dict):
             raise ValueError(f"{rule.name}: the state has no {quantity} of {path or 'params'}")
@@ -3064,7 +3093,8 @@ def _update_tree(
     for name, g in grads.items():
         here = f"{path}/{name}" if path else name
         if name not in params:
-            raise ValueError(f"{rule.name}: grads have an entry {here!r} that params lack")
+            lack = f"grads have an entry {here!r} that params lack"
+            raise ValueError(f"{rule.name}: {lack}; it is step(params, grads, state)")
         p = params[name]
         own = {quantity: tree.get(name) for quantity, tree in memory.items()}
         update = _update_tree if isinstance(g, dict) and isinstance(p, dict) else _update_entry
@@ -3714,7 +3744,8 @@ def augment(
     """
     _check_array("augment", "images", images)
     if images.ndim != 4 or 0 in images.shape[1:]:
-        raise ValueError(f"augment: images must be (N, C, H, W), got shape {images.shape}")
+        got = f"got shape {images.shape}{_axes_hint([_IMAGE], images.shape)}"
+        raise ValueError(f"augment: images must be (N, C, H, W), {got}")
     shift = _number("augment", "shift", shift, minimum=0, maximum=1e9)
     rotation = _number("augment", "rotation", rotation, minimum=0, maximum=180)
     scale = _number("augment", "scale", scale, minimum=0, below=1)
@@ -3889,7 +3920,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
     `with replacing("results.csv") as file: file.write(b"...")`. It is written beside `path` as a
     .tmp file, flushed, synced and renamed, so that there is always either the whole old file or the
-    whole new one; after an error, the old one. OSError as from `open`.
+    whole new one; after an error, the old one. OSError as from `open`, of a missing directory with
+    its name.
     """
     path = _path("replacing", path)
     temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
@@ -3899,10 +3931,15 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        raise
+        if not isinstance(error, OSError) or error.filename != temporary:
+            raise
+        reason, folder = error.strerror, os.path.dirname(path)
+        if folder and not os.path.exists(folder):
+            reason, path = "there is no such directory", folder
+        raise type(error)(error.errno, reason, path) from None
 
 
 def _digest(archive: Any) -> bytes:

@@ -4349,8 +4349,9 @@ def no_weights(weights):
 
 def no_gradients(grads):
     yield from dicts(grads)
-    yield from value_error("grads have an entry 'x' that params lack$", {**grads, "x": Z})
-    yield from value_error("grads have an entry 'd/x' that params lack$", {**grads, "d": {"x": Z}})
+    words = r"that params lack; it is step\(params, grads, state\)$"
+    yield from value_error(f"grads have an entry 'x' {words}", {**grads, "x": Z})
+    yield from value_error(f"grads have an entry 'd/x' {words}", {**grads, "d": {"x": Z}})
     yield from at_leaves(grads, lambda leaf: kinds(leaf, "{path}: grads"))
     words, sizes = r"{path}: grads have shape \(.*\), but params \(", (np.ones(1), np.ones(4))
     yield from at_leaves(grads, lambda leaf: value_error(words, *other_axes(leaf), *sizes))
@@ -4361,7 +4362,7 @@ def no_params_of_step(params):
     yield from at_leaves(params, lambda leaf: kinds(leaf, "{path}: params"))
     shapes = "{path}: grads have shape"
     yield from at_leaves(params, lambda leaf: value_error(shapes, *other_axes(leaf)))
-    yield {"d": params["d"]}, ValueError, "grads have an entry 'c' that params lack$"
+    yield {"d": params["d"]}, ValueError, "grads have an entry 'c' that params lack; it is"
 
 
 def no_state(state):
@@ -4887,10 +4888,13 @@ FEATURES = {"gamma": (3,), "beta": (3,)}
 CHANNELS = {**FEATURES, "mean": (3,), "var": (3,)}
 GRU = {"W": (2, 9), "U": (3, 9), "b": (9,), "c": (9,)}
 LSTM = {"W": (2, 8), "U": (2, 8), "b": (8,)}
-EMPTY = "; only N may be empty"
+EMPTY, GRAY = "; only N may be empty", "; gray images have one channel, (1, 5, 5)"
+LAST = "; channels come before height and width, see x.transpose(0, 3, 1, 2)"
 DOES_NOT_FIT: list = [  # (layer, shape of x, shapes of its params, what is said after its name)
     (LINEAR, (2, 100), {"W": (784, 10)}, "x has 100 features, but W takes 784"),
     (LINEAR, (4, 3, 5), {"W": (3, 2)}, "x has 5 features, but W takes 3"),
+    (LINEAR, (4, 3, 5), {"W": (15, 2)},
+     "x has 5 features, but W takes 15; a flatten() before it would fit"),
     (LINEAR, (2, 4), {"W": (4, 3), "b": (2,)}, "W has 3 outputs, but b takes 2"),
     (LINEAR, (2, 4), {"W": (4, 3), "b": (4,)}, "W has 3 outputs, but b takes 4"),
     (LINEAR, (2, 4), {"W": (4,)}, "W must be (in, out), got shape (4,)"),
@@ -4937,12 +4941,14 @@ DOES_NOT_FIT: list = [  # (layer, shape of x, shapes of its params, what is said
      "params have unknown entries ['c'], expected ['U', 'W', 'b']"),
     (CONV, (1, 3, 5, 5), {"W": (4, 1, 3, 3)}, "x has 3 channels, but W takes 2"),
     (CONV, (1, 1, 5, 5), {"W": (4, 1, 3, 3)}, "x has 1 channels, but W takes 2"),
+    (CONV, (1, 6, 5, 2), {"W": (4, 1, 3, 3)}, f"x has 6 channels, but W takes 2{LAST}"),
     (CONV1D, (1, 3, 5), {"W": (4, 1, 3)}, "x has 3 channels, but W takes 2"),
     (CONV1D, (1, 2, 5), {"W": (3, 1, 3)}, "W must be (out, in/2, k), got shape (3, 1, 3)"),
     (CONV1D, (1, 2, 5), {"W": (4, 1, 3, 3)}, "W must be (out, in, k), got shape (4, 1, 3, 3)"),
     (CONV1D, (2, 5), {"W": (4, 1, 3)}, "x must be (N, C, T), got shape (2, 5)"),
     (TRANSPOSE, (1, 3, 5, 5), {"W": (3, 2, 3, 3)}, "2 groups do not divide the 3 channels of x"),
     (TRANSPOSE, (1, 2, 5, 5), {"W": (4, 2, 3, 3)}, "x has 2 channels, but W takes 4"),
+    (TRANSPOSE, (1, 2, 5, 4), {"W": (4, 2, 3, 3)}, f"x has 2 channels, but W takes 4{LAST}"),
     (TRANSPOSE, (1, 2, 5, 5), {"W": (2, 2, 3, 3), "b": (2,)}, "W has 4 outputs, but b takes 2"),
     (CONV, (1, 2, 5, 5), {"W": (4, 1, 3, 3), "b": (3,)}, "W has 4 outputs, but b takes 3"),
     *(
@@ -4961,8 +4967,10 @@ DOES_NOT_FIT: list = [  # (layer, shape of x, shapes of its params, what is said
             (nn.upsample2d(2), {}),
         ]
         for shape, hint in [
-            ((2, 5, 5), "; a single image needs x[None], gray images need x[:, None]"),
-            ((1, 2), ""),
+            ((2, 5, 5), "; gray images need a channel axis, x[:, None]"),
+            ((3, 5, 5), "; gray images need a channel axis, x[:, None], a single image x[None]"),
+            ((1, 2), "; a single gray image needs x[None, None]"),
+            ((2,), ""),
             ((1, 1, 2, 5, 5), ""),
             ((1, 2, 0, 5), EMPTY),
             ((1, 2, 5, 0), EMPTY),
@@ -4987,12 +4995,13 @@ NOT_A_SHAPE_OF_IT = [  # (layer, shape that init refuses, what is said after the
         (nn.batch_norm(), shape, f"shape must be (C,) or (C, H, W), got {shape}")
         for shape in ((), (2, 2), (1, 2, 3, 4))
     ),
-    (CONV, (5, 5), "shape must be (C, H, W), got (5, 5)"),
+    (CONV, (5, 5), f"shape must be (C, H, W), got (5, 5){GRAY}"),
+    (CONV, (5,), "shape must be (C, H, W), got (5,)"),
     (nn.conv1d(3, 3), (5,), "shape must be (C, T), got (5,)"),
     (nn.conv1d(3, 3, groups=3), (4, 6), "3 groups do not divide the 4 channels of x"),
     (nn.conv1d(3, 3, dilation=3), (4, 6),
      "the window covers 7 steps, but the padded sequence has 6"),
-    (TRANSPOSE, (5, 5), "shape must be (C, H, W), got (5, 5)"),
+    (TRANSPOSE, (5,), "shape must be (C, H, W), got (5,)"),
     (TRANSPOSE, (3, 5, 5), "2 groups do not divide the 3 channels of x"),
     (nn.conv2d_transpose(1, 3, padding=2), (1, 2, 3), "y would have 0 x 1 pixels"),
     (nn.conv2d(3, 3, groups=3), (4, 6, 7), "3 groups do not divide the 4 channels of x"),
@@ -5035,12 +5044,15 @@ SENTENCES: list = [  # (call, exception, what is said)
     *((partial(pool(7).init, 0, (4, 6, 7)), ValueError,
        f"{pool.__name__}: the window covers 7 x 7 pixels, but the padded image has 6 x 7")
       for pool in (nn.max_pool2d, nn.avg_pool2d)),
-    *((partial(layer.init, 0, (5, 5)), ValueError, f"{name}: shape must be (C, H, W), got (5, 5)")
+    *((partial(layer.init, 0, (5, 5)), ValueError,
+       f"{name}: shape must be (C, H, W), got (5, 5){GRAY}")
       for name, layer in {"max_pool2d": nn.max_pool2d(2), "avg_pool2d": nn.avg_pool2d(2),
                           "global_avg_pool2d": nn.global_avg_pool2d(),
                           "upsample2d": nn.upsample2d(2)}.items()),
     (lambda: nn.sgd(0.1).step(nn.training({}, 0), {}, nn.sgd(0.1).init({})), ValueError,
      "sgd: params hold a key; pass the plain params, not training(...)"),
+    (lambda: nn.sgd(0.1).step({"a": nn.training({}, 1)}, {"a": {}}, nn.sgd(0.1).init({})),
+     ValueError, "sgd: params hold a key; pass the plain params, not training(...)"),
     (lambda: nn.save("x.npz", nn.training({}, 0)), ValueError,
      "save: params hold a key; save the plain params, not training(...)"),
     (lambda: UNTYPED.linear(2.5), TypeError, "linear: out must be a whole number, got 2.5"),
@@ -5084,6 +5096,18 @@ SENTENCES: list = [  # (call, exception, what is said)
      "softmax_cross_entropy: labels must be from 0 to 2, got 0 to 3"),
     (lambda: nn.softmax_cross_entropy(Z, np.ones((1, 3))), ValueError,
      "softmax_cross_entropy: target has shape (1, 3), but the prediction has (2, 3)"),
+    *(
+        (partial(loss, np.zeros((2, 4, 5, 3)), np.zeros((2, 3))), ValueError,
+         f"{loss.__name__}: target has shape (2, 3), but the prediction has (2, 4, 5, 3);"
+         " put flatten() before the last layer")
+        for loss in (nn.huber, nn.mean_squared_error, nn.binary_cross_entropy)
+    ),
+    *(
+        (partial(loss, np.zeros((2, 4, 5, 3)), np.zeros(shape)), ValueError,
+         f"{loss.__name__}: labels must have shape (2, 4, 5), got {shape};"
+         " for one label per sample put flatten() before the last layer")
+        for loss in (nn.softmax_cross_entropy, nn.hinge, nn.accuracy) for shape in ((2,), (2, 3))
+    ),
     (lambda: nn.cross_entropy(Z, Z.astype(complex)), ValueError,
      "cross_entropy: target probabilities must be numbers from 0 to 1"),
     (lambda: nn.cross_entropy(2 * Z, LABELS), ValueError,
@@ -5320,10 +5344,13 @@ def test_save_is_on_the_disk_before_it_takes_the_old_files_place(tmp_path, monke
 
 def test_save_where_no_file_can_be_leaves_nothing_behind(tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(IsADirectoryError) as caught:
         nn.save(tmp_path / "folder", {"a": np.ones(2)})
-    with pytest.raises(FileNotFoundError):
-        nn.save(tmp_path / "nowhere" / "x", {"a": np.ones(2)})
+    assert caught.value.filename == str(tmp_path / "folder")
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(FileNotFoundError, match="there is no such directory: ") as caught:
+        nn.save(nowhere / "x", {"a": np.ones(2)})
+    assert caught.value.filename == str(nowhere)
     assert os.listdir(tmp_path) == ["folder"]
 
 
