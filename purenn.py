@@ -77,12 +77,13 @@ _WHOLE = "whole numbers", np.typecodes["AllInteger"], "int"
 
 
 def _kind(value: Any) -> str:
-    """What `value` is, in the words of an error message."""
+    """What `value` is, in the words of an error message: itself where it is short."""
     if isinstance(value, np.ndarray):
         return f"{type(value).__name__} of {value.dtype} and shape {value.shape}"
-    if value is None or (isinstance(value, (bool, int, float, str)) and len(repr(value)) < 40):
-        return repr(value)
-    return type(value).__name__
+    items = value if isinstance(value, (list, tuple)) else [value]
+    plain = (bool, int, float, str, np.number, type(None))
+    short = len(items) < 10 and all(isinstance(item, plain) for item in items)
+    return repr(value) if short and len(repr(value)) < 40 else type(value).__name__
 
 
 def _float(where: str, name: str, value: Any) -> float:
@@ -1802,7 +1803,7 @@ def _sizes(where: str, name: str, value: Any, minimum: int, axes: int = 2) -> Sh
     sizes = value if axes == 2 and isinstance(value, (tuple, list)) else (value,) * axes
     if len(sizes) != axes:
         wanted = "a whole number or a pair of them"
-        raise ValueError(f"{where}: {name} must be {wanted}, got {len(sizes)} values")
+        raise ValueError(f"{where}: {name} must be {wanted}, got {_kind(value)}")
     return tuple(_whole(where, name, size, minimum) for size in sizes)
 
 
