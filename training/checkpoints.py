@@ -33,7 +33,7 @@ from training.options import Options
 from training.team import Team
 
 OUTPUTS = ("model.npz", "run.json", "metrics.csv", "checkpoint.npz")  # in --out
-CHANGEABLE = ("--epochs", "--shards")  # what may be another when a training is resumed
+CHANGEABLE = ("--epochs", "--patience", "--shards")  # when a training is resumed
 FORMAT = 1  # of run.json and checkpoint.npz: another number where older ones would be misread
 
 
@@ -67,19 +67,29 @@ def lock_folder(folder: str) -> Iterator[None]:
         yield
 
 
+def holds_run(folder: str) -> bool:
+    """Whether there is a run in a folder, or what is left of one."""
+    return any(os.path.exists(os.path.join(folder, name)) for name in OUTPUTS)
+
+
 def check_unused(folder: str) -> None:
     """ValueError for a folder that holds a run."""
-    if any(os.path.exists(os.path.join(folder, name)) for name in OUTPUTS):
+    if holds_run(folder):
         raise ValueError(
             f"{folder}: this folder holds a run; continue it with --resume, or choose another"
             " folder for --out"
         )
 
 
+def write_model(progress: Progress, folder: str) -> None:
+    """Write model.npz."""
+    nn.save(os.path.join(folder, "model.npz"), progress.best)
+
+
 def write_outputs(progress: Progress, *, folder: str, experiment: Experiment) -> None:
     """Write metrics.csv, and model.npz if the last report is of the best params."""
     if progress.best is progress.params:
-        nn.save(os.path.join(folder, "model.npz"), progress.best)
+        write_model(progress, folder)
     table = io.StringIO(newline="")
     writer = csv.writer(table)
     writer.writerow(columns(experiment))
@@ -209,6 +219,19 @@ def read_run(folder: str) -> Run:
         if not isinstance(run.options, dict) or not run.options.keys() >= set(run.chosen):
             raise ValueError("the options that were chosen are not among the options")
     return run
+
+
+def check_script(folder: str, options: Options) -> None:
+    """ValueError if the run in a folder is one of another script, which has other options."""
+    if not os.path.exists(os.path.join(folder, "run.json")):
+        return
+    run = read_run(folder)
+    unknown = sorted(run.options.keys() - all_values(options).keys())
+    if unknown:
+        raise ValueError(
+            f"{folder}: cannot be resumed: it is a run of {run.script}, and this script has no"
+            f" {', '.join(unknown)}"
+        )
 
 
 def check_same_run(folder: str, run: Run) -> None:

@@ -21,7 +21,7 @@ from training.options import (
     Options,
 )
 
-Loss = Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray]]  # (output, target)
+Loss = Callable[..., tuple[float, np.ndarray]]  # (output, target, weights=None)
 Measure = Callable[[np.ndarray, np.ndarray], float]
 Augmentation = Callable[[nn.Key, np.ndarray], np.ndarray]
 
@@ -31,6 +31,7 @@ class Task(NamedTuple):
 
     outputs: int  # of the network
     loss: Loss
+    training_loss: Loss  # the same, with --class-weights
     measure: Measure
     name: str  # of that number
     better: int  # 1 where more of it is better, -1 where less is
@@ -43,22 +44,65 @@ def mean_error(output: np.ndarray, target: np.ndarray) -> float:
 
 
 def one_hot_loss(
-    prediction: np.ndarray, labels: np.ndarray, *, loss: Loss, classes: int
+    prediction: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray | None = None,
+    *,
+    loss: Loss,
+    classes: int,
 ) -> tuple[float, np.ndarray]:
     """A loss that compares with one-hot rows."""
-    return loss(prediction, np.eye(classes, dtype=prediction.dtype)[labels])
+    return loss(prediction, np.eye(classes, dtype=prediction.dtype)[labels], weights=weights)
 
 
-def choose_task(options: Options, classes: int) -> Task:
-    """Classes or values, with the loss of the options."""
+def weighted_loss(
+    output: np.ndarray, labels: np.ndarray, *, loss: Loss, class_weights: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Σ w·l / N, where w is the weight of a sample's class, and its gradient.
+
+    A loss of the library is Σ w·l / Σ w. With N the parts of a batch add up to the batch, wherever
+    it is cut, and a sample counts the same in every batch.
+    """
+    weights = class_weights[labels]
+    value, doutput = loss(output, labels, weights=weights)
+    factor = float(weights.mean())
+    return value * factor, doutput * factor
+
+
+def choose_class_weights(options: Options, counts: np.ndarray) -> np.ndarray:
+    """--class-weights, scaled to a mean of 1 over the training images; of each class `counts`.
+
+    Balanced, that is N / (classes · counts). A class without images has no use for its weight.
+    """
+    given = options.class_weights or ()
+    if "balanced" in given:
+        weights = 1 / np.maximum(counts, 1)
+    elif len(given) == len(counts):
+        weights = np.array(given, np.float64)
+    else:
+        raise ValueError(
+            f"--class-weights: got {len(given)} numbers, but there are {len(counts)} classes"
+        )
+    weights /= weights.max()  # so that their sum is finite
+    scaled: np.ndarray = weights * (counts.sum() / (counts @ weights))
+    return scaled
+
+
+def choose_task(options: Options, counts: np.ndarray) -> Task:
+    """Classes or values, with the loss of the options; `counts`: training images of each class."""
     if options.task == "sine":
-        return Task(1, VALUE_LOSSES[options.loss], mean_error, "error", -1, 8)
-    loss: Loss = nn.hinge
+        loss = VALUE_LOSSES[options.loss]
+        return Task(1, loss, loss, mean_error, "error", -1, 8)
+    loss, classes = nn.hinge, len(counts)
     if options.loss == "cross-entropy":
         loss = partial(nn.softmax_cross_entropy, smoothing=options.smoothing or 0.0)
     elif options.loss in ONE_HOT_LOSSES:
         loss = partial(one_hot_loss, loss=ONE_HOT_LOSSES[options.loss], classes=classes)
-    return Task(classes, loss, nn.accuracy, "accuracy", 1, 4)
+    training_loss: Loss = loss
+    if options.class_weights is not None:
+        weights = choose_class_weights(options, counts)
+        training_loss = partial(weighted_loss, loss=loss, class_weights=weights)
+    return Task(classes, loss, training_loss, nn.accuracy, "accuracy", 1, 4)
 
 
 def initializer(options: Options) -> nn.Initializer:
@@ -184,6 +228,8 @@ def check_options(options: Options) -> None:
         raise ValueError(f"--task sine takes --loss mse, mae or huber, not {options.loss}")
     if options.schedule != "multistep" and len(options.lr_epochs or (1,)) != 1:
         raise ValueError(f"--schedule {options.schedule} takes one number of --lr-epochs")
+    if "balanced" in (weights := options.class_weights or ()) and len(weights) > 1:
+        raise ValueError("--class-weights takes balanced, or one number for each class")
     if options.resume and options.out is None:
         raise ValueError("--resume needs --out")
     if options.checkpoint_every and options.out is None:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -18,8 +19,9 @@ from training.choices import Loss, Task, choose_augmentation, lower_rate
 from training.datasets import Dataset
 from training.options import Options
 from training.prediction import first_not_finite, predict
-from training.team import Team, add_ranks, any_rank, map_own
+from training.team import Team, add_ranks, any_rank, map_own, own_cores
 from training.terminal import ProgressLine
+from training.threads import describe_threads
 
 
 class Experiment(NamedTuple):
@@ -178,7 +180,7 @@ def shard_gradients(
     if augment:
         batch = augment(nn.fold_key(key, 2**32 - 1), batch)  # no layer has this number
     params = in_training({name: params[name] for name in params if name != "key"}, key, only)
-    loss_of = task.loss
+    loss_of = task.training_loss
     if options.reduction == "sum":
         loss_of = partial(scaled_loss, loss=loss_of, factor=images)
     observed = nn.sequential(net=net, output=nn.identity())  # whose cache holds the output
@@ -189,6 +191,16 @@ def shard_gradients(
     trained = {name: grads["net"][name] for name in only or grads["net"]}
     measured = {"measured": np.array(task.measure(cache["output"], target))}
     return loss, trained, {**cache["net"], "statistics": measured}
+
+
+def clip(grads: nn.Tree, options: Options, step: int) -> nn.Tree:
+    """The gradients of a step with the global norm of --clip, where theirs is larger."""
+    if options.clip is None:
+        return grads
+    try:
+        return nn.clip_gradients(grads, options.clip)
+    except ValueError as error:
+        raise ValueError(f"step {step}: {error}; try a lower --lr") from None
 
 
 def take_step(
@@ -207,6 +219,7 @@ def take_step(
     loss, grads, cache = gradients(params, data["x_train"][index], data["y_train"][index])
     total = add_ranks(team, {"loss": np.array(loss), "grads": grads, "cache": cache})
     loss, grads, cache = total.values()
+    grads = clip(grads, options, step)
     params, state = optimizer.step(progress.params, grads, progress.state)
     measured = np.array([loss, cache["statistics"]["measured"], 1]) * len(index)
     trained = {name: part for name, part in cache.items() if name in grads}  # not what is frozen
@@ -248,6 +261,25 @@ def add_report(experiment: Experiment, progress: Progress) -> Progress:
     return progress._replace(sums=np.zeros(3), rows=np.vstack([progress.rows, row]))
 
 
+def has_stalled(experiment: Experiment, progress: Progress) -> bool:
+    """Whether the best report is as old as --patience allows."""
+    patience, rows = experiment.options.patience, progress.rows
+    if patience is None or not len(rows):
+        return False
+    best = (experiment.task.better * rows[:, -1] == progress.best_score).argmax()  # the first one
+    return bool(rows[-1, 1] - rows[best, 1] >= patience * epoch_steps_of(experiment))
+
+
+def describe_stall(experiment: Experiment, progress: Progress) -> str:
+    """Why a training ends before its last epoch."""
+    epochs = experiment.options.patience or 0
+    return (
+        f"no better validation {experiment.task.name} for {epochs} epoch{'s' * (epochs > 1)}"
+        f" (--patience): stopped after epoch {progress.rows[-1, 0]:.0f} of"
+        f" {experiment.options.epochs}"
+    )
+
+
 def format_report(row: dict[str, float], experiment: Experiment) -> str:
     """What is printed of a report."""
     epoch, _, *names = row
@@ -265,6 +297,29 @@ def check_finite(progress: Progress) -> None:
             )
 
 
+class Pace:
+    """How long steps take, compared with the first ones."""
+
+    def __init__(self) -> None:
+        self.recent: list[float] = []
+        self.spent = 0.0  # seconds, on these steps
+        self.first = 0.0  # the median of the first ones
+
+    def slowdown(self, seconds: float) -> float:
+        """After a step of so many seconds: by which factor the last ones were slower, every 3 s.
+
+        In between it is 0. Medians of at least 5 steps: a single pause is no slowdown.
+        """
+        self.recent.append(seconds)
+        self.spent += seconds
+        if self.spent < 3 or len(self.recent) < 5:
+            return 0.0
+        median = statistics.median(self.recent)
+        self.first = self.first or median
+        self.recent, self.spent = [], 0.0
+        return median / self.first
+
+
 class Display:
     """What is printed of a training: a line for every report, and one that moves in between."""
 
@@ -274,10 +329,26 @@ class Display:
         self.first = done
         self.started = self.since = time.monotonic()
         self.seen = 0
+        several = describe_threads() != "1" and own_cores(None) > 1  # threads of BLAS
+        self.pace: Pace | None = Pace() if several else None
 
     def speed(self) -> str:
         """Samples a second since the last report."""
         return f"{self.seen / max(time.monotonic() - self.since, 1e-9):,.0f} samples/s"
+
+    def count_step(self, images: int, seconds: float) -> None:
+        """Count a step; and say, once, where threads of BLAS wait for each other."""
+        self.seen += images
+        if self.pace is None:
+            return
+        slowdown = self.pace.slowdown(seconds)
+        if slowdown > 5:
+            self.pace = None
+            self.line.end(
+                f"steps take {slowdown:.0f} times as long as the first ones did: with other work on"
+                " this machine, threads of BLAS wait for each other; OPENBLAS_NUM_THREADS=1 in the"
+                " environment, or --workers 1, limits them"
+            )
 
     def report(self, progress: Progress) -> Progress:
         """`add_report`, whose time does not count, and its line."""
@@ -358,10 +429,14 @@ def train(
     display = Display(experiment, done)
     with Stop() as stop:
         for index in step_images(len(experiment.data["x_train"]), options, done):
+            if has_stalled(experiment, progress):
+                display.line.end(describe_stall(experiment, progress))
+                break
+            began = time.monotonic()
             progress = take_step(experiment, optimizer, progress, index)
+            display.count_step(len(index), time.monotonic() - began)
             stops = any_rank(experiment.team, stop.asked)
             step = int(progress.step)
-            display.seen += len(index)
             reports = step % report_steps == 0
             saves = step % epoch_steps == 0 or step % checkpoint_steps == 0 or stops
             if reports or saves:

@@ -105,6 +105,14 @@ def augmentation(text: str) -> tuple[str, float]:
         raise ArgumentTypeError(f"the amount of {kind} is not a number: {amount}") from None
 
 
+def class_weight(text: str) -> float | str:
+    """One value of --class-weights: "balanced", or a number above 0."""
+    try:
+        return text if text == "balanced" else positive(text)
+    except ValueError:
+        raise ArgumentTypeError(f"expected balanced or numbers, got {text}") from None
+
+
 data_option = partial(option, group="data")
 training_option = partial(option, group="training")
 parallel_option = partial(option, group="cores and machines", distinguishes=False, resumes=True)
@@ -219,6 +227,11 @@ class Options:
         nargs="+",
         only_with=("schedule", [n for n, takes in SCHEDULES.items() if "lr_epochs" in takes]),
     )
+    clip: float | None = training_option(
+        "scale the gradients of a step down to this global norm where theirs is larger",
+        metavar="NORM",
+        type=positive,
+    )
     weight_decay: float = training_option(
         "weight decay of the optimizer", default=0.0, metavar="D", type=not_negative
     )
@@ -231,6 +244,15 @@ class Options:
         "how the gradients of a batch's images are combined",
         default="mean",
         choices=["mean", "sum"],
+    )
+    class_weights: tuple[float | str, ...] | None = training_option(
+        "weights of the classes in the loss of the training (not of validation or test): one number"
+        " for each class, of which only the ratios matter; or balanced, inversely proportional to"
+        " their numbers of training images",
+        metavar="W",
+        type=class_weight,
+        nargs="+",
+        only_with=("task", ["classes"]),
     )
     label_smoothing: float | None = training_option(
         "share of each target that is spread over all classes (default: 0.1 with"
@@ -247,6 +269,13 @@ class Options:
         " at inference; one that does not fit --init-from is initialized anew",
         metavar="LAYER",
         nargs="+",
+    )
+    patience: int | None = training_option(
+        "early stopping: end the training after so many epochs without a better validation"
+        " accuracy (or error); a schedule that lowers the rate until the last epoch, as one-cycle"
+        " and cosine do, is then cut off while the rate is high",
+        metavar="EPOCHS",
+        type=count,
     )
     report_every: int | None = training_option(
         "steps from one report (a line, a point of the curves, a validation) to the next"

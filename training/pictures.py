@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import textwrap
@@ -10,7 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from training.files import open_binary
+
 CURVES = {"loss": "loss", "accuracy": "accuracy", "error": "mean absolute error"}
+COMPARISON = "compare.png"  # of several runs; all other pictures are of one
+MARK = b"tEXtSoftware\0purenn"  # near the beginning of the files that `save_figure` writes
 
 
 def pyplot() -> Any:
@@ -25,13 +30,50 @@ def pyplot() -> Any:
     return matplotlib.pyplot
 
 
+def save_figure(figure: Any, path: str) -> None:
+    """Write a figure, with all texts beside it, and close it."""
+    figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": "purenn"})
+    pyplot().close(figure)
+
+
+def is_ours(path: str) -> bool:
+    """Whether `save_figure` wrote this file."""
+    with contextlib.suppress(OSError, ValueError), open_binary(path) as file:
+        return MARK in file.read(100)
+    return False
+
+
+def remove_pictures(folder: str) -> None:
+    """Remove the pictures of a run from a folder, and nothing that is not ours."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if name.endswith(".png") and name != COMPARISON and is_ours(path):
+            os.remove(path)
+
+
+def text_width(texts: Sequence[str], size: float | str | None) -> float:
+    """The width of the widest of these texts, in inches."""
+    figure = pyplot().figure()
+    widths = [figure.text(0, 0, text, size=size).get_window_extent().width for text in texts]
+    pyplot().close(figure)
+    return float(max(widths, default=0) / figure.dpi)
+
+
+def shorten(name: str, length: int = 30) -> str:
+    """A name of at most so many characters, without its middle where it is longer."""
+    if len(name) <= length:
+        return name
+    half = length // 2
+    return f"{name[: half - 1]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"
+
+
 def escape_dollars(text: str) -> str:
     """The text for a picture, where what stands between two dollars would be read as TeX."""
     return text.replace("$", r"\$")
 
 
 def drawable_names(names: Sequence[str]) -> list[str]:
-    """The names, with a font that can draw them chosen; their numbers where there is none."""
+    """The names, shortened, with a font that can draw them; their numbers where there is none."""
     rc_params = pyplot().rcParams
     from matplotlib import font_manager
 
@@ -44,7 +86,7 @@ def drawable_names(names: Sequence[str]) -> list[str]:
             continue  # comes with matplotlib and has a box for every character
         if all(font.get_char_index(ord(character)) for character in characters):
             rc_params["font.family"] = ["DejaVu Sans", font.family_name]
-            return [escape_dollars(name) for name in names]
+            return [escape_dollars(shorten(name)) for name in names]
     return [str(number) for number in range(len(names))]
 
 
@@ -72,8 +114,7 @@ def plot_curves(path: str, runs: dict[str, list[dict[str, float]]], title: str) 
     columns = max(1, min(4, 140 // (max(map(len, labels)) + 8)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     figure.suptitle(textwrap.fill(escape_dollars(title), 120), fontsize="medium")
-    figure.savefig(path, dpi=120)
-    pyplot().close(figure)
+    save_figure(figure, path)
 
 
 def as_pictures(images: np.ndarray) -> np.ndarray:
@@ -84,16 +125,19 @@ def as_pictures(images: np.ndarray) -> np.ndarray:
 def plot_grid(path: str, images: np.ndarray, title: str, titles: Sequence[str] = ()) -> None:
     """Up to 64 images (N, H, W) or (N, H, W, 3) beside each other, in one range of gray.
 
-    Where there are negative values, zero is in its middle: these are weights.
+    Where there are negative values, zero is in its middle: these are weights. Every title has as
+    much room as the widest of them needs.
     """
-    images = images[:64]
-    columns = math.ceil(math.sqrt(len(images)))
+    images, titles = images[:64], titles[:64]
+    width = max(1.0, text_width(titles, "small") + 0.15)
+    columns = math.ceil(math.sqrt(len(images) / width))
     lines = math.ceil(len(images) / columns)
     side = max(1.0, 5 / columns)
+    above = 0.2 * max((text.count("\n") + 1 for text in titles), default=0)
     figure, panels = pyplot().subplots(
         lines,
         columns,
-        figsize=(columns * side, lines * (side + 0.25 * bool(titles)) + 0.5),
+        figsize=(columns * max(side, width), lines * (side + above) + 0.5),
         layout="constrained",
         squeeze=False,
     )
@@ -104,10 +148,9 @@ def plot_grid(path: str, images: np.ndarray, title: str, titles: Sequence[str] =
     for panel, image in zip(panels.flat, images, strict=False):
         panel.imshow((image - low) / (high - low), cmap="gray", vmin=0, vmax=1)
     for panel, text in zip(panels.flat, titles, strict=False):
-        panel.set_title(text, fontsize="medium", pad=2)
+        panel.set_title(text, fontsize="small", pad=2)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    pyplot().close(figure)
+    save_figure(figure, path)
 
 
 def plot_maps(path: str, maps: Sequence[tuple[str, np.ndarray]]) -> None:
@@ -127,8 +170,13 @@ def plot_maps(path: str, maps: Sequence[tuple[str, np.ndarray]]) -> None:
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for panel, channel in zip(line, channels, strict=False):
             panel.imshow(channel, cmap="gray")
-    figure.savefig(path, dpi=120)
-    pyplot().close(figure)
+    save_figure(figure, path)
+
+
+def fitting_size(size: float, width: float, room: float) -> float | None:
+    """A font size at which what is so wide at `size` fits; None for one too small to be read."""
+    fitting = size * min(1.0, room / width)
+    return fitting if fitting >= 4 else None
 
 
 def plot_confusion(
@@ -138,21 +186,25 @@ def plot_confusion(
     classes = len(names)
     counts = np.bincount(labels * classes + predicted, minlength=classes**2)
     counts = counts.reshape(classes, classes)
-    side = max(4.0, 0.5 * classes + 1)
-    figure, panel = pyplot().subplots(figsize=(side, side), layout="constrained")
+    side = min(max(2.0, 0.5 * classes), 15.0)
+    cell = side / classes
+    figure = pyplot().figure(figsize=(side, side))
+    panel = figure.add_axes((0, 0, 1, 1))  # all texts stand beside it
     wrong = counts * (1 - np.eye(classes, dtype=int))
     panel.imshow(wrong, cmap="Reds", vmax=max(int(wrong.max()), 1))  # the correct ones stay white
-    if classes <= 30:
-        for (label, prediction), number in np.ndenumerate(counts):
-            dark = wrong[label, prediction] > 0.6 * wrong.max() > 0
-            color = "white" if dark else "black" if number else "lightgray"
-            panel.text(prediction, label, number, ha="center", va="center", fontsize=8, color=color)
-        panel.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > 3 else 0)
-        panel.set_yticks(range(classes), names)
+    size = fitting_size(8, text_width([str(counts.max())], 8), 0.8 * cell)
+    for (label, prediction), number in np.ndenumerate(counts) if size else ():
+        dark = wrong[label, prediction] > 0.6 * wrong.max() > 0
+        color = "white" if dark else "black" if number else "lightgray"
+        panel.text(prediction, label, number, ha="center", va="center", fontsize=size, color=color)
+    size = fitting_size(10, 10 / 72, 0.8 * cell)
+    shown = names if size else ()
+    rotation = 90 if text_width(shown, size) > 0.9 * cell else 0
+    panel.set_xticks(range(len(shown)), shown, size=size, rotation=rotation)
+    panel.set_yticks(range(len(shown)), shown, size=size)
     right = counts.trace() / max(counts.sum(), 1)
     panel.set(xlabel="predicted", ylabel="class", title=f"test images, accuracy {right:.2%}")
-    figure.savefig(path, dpi=120)
-    pyplot().close(figure)
+    save_figure(figure, path)
 
 
 def draw_mistakes(
@@ -168,7 +220,10 @@ def draw_mistakes(
     logits = logits[wrong]
     lead = logits.max(axis=1) - logits[np.arange(len(wrong)), labels[wrong]]
     worst = wrong[np.argsort(-lead, kind="stable")][:40]
-    titles = [f"{names[labels[i]]} \N{RIGHTWARDS ARROW} {names[predicted[i]]}" for i in worst]
+    arrow = " \N{RIGHTWARDS ARROW} "
+    titles = [f"{names[labels[i]]}{arrow}{names[predicted[i]]}" for i in worst]
+    if text_width(titles, "small") > 1:  # below each other
+        titles = [f"{names[labels[i]]}\n{arrow}{names[predicted[i]]}" for i in worst]
     title = f"{len(wrong):,} of {len(labels):,} test images misclassified"
     if len(wrong) > len(worst):
         title += f"; the {len(worst)} furthest off"
@@ -193,5 +248,4 @@ def plot_fit(path: str, x: np.ndarray, y: np.ndarray, output: np.ndarray) -> Non
         panel.grid(alpha=0.3)
     error = float(np.abs(output - y).mean())
     above.set_title(f"mean absolute error {error:.2g} at {len(x):,} points")
-    figure.savefig(path, dpi=120)
-    pyplot().close(figure)
+    save_figure(figure, path)

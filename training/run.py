@@ -61,16 +61,27 @@ def load_parts(options: Options) -> tuple[Dataset, str | None]:
     return prepare(data, size=options.size, center=options.center), source
 
 
+def count_images(data: Dataset) -> np.ndarray:
+    """How many training images each class has; empty without classes."""
+    classes = len(data.get("classes", ()))
+    return np.bincount(data["y_train"], minlength=classes) if classes else np.zeros(0, int)
+
+
 def set_up(
     options: Chosen, build: Callable[[Chosen, int], nn.Layer], team: Team = Team()
 ) -> tuple[Experiment, str | None]:
     """Data, task and network of the options, and the value of --data that was used."""
     data, source = load_parts(options)
-    if options.schedule == "plateau" and not len(data["x_validation"]):
-        raise ValueError("--schedule plateau needs validation images, but --validation is 0")
+    validating = {
+        "--schedule plateau": options.schedule == "plateau",
+        "--patience": options.patience is not None,
+    }
+    for flag, used in validating.items():
+        if used and not len(data["x_validation"]):
+            raise ValueError(f"{flag} needs validation images, but there are none (--validation)")
     if len(data.get("classes", (0, 1))) < 2:
         raise ValueError(f"{source}: expected at least two classes, found {len(data['classes'])}")
-    task = choose_task(options, len(data.get("classes", ())))
+    task = choose_task(options, count_images(data))
     return Experiment(options, data, task, build(options, task.outputs), team), source
 
 
@@ -78,7 +89,13 @@ def open_folders(options: Options) -> None:
     """Make the folders of --plot and --out; ValueError where nothing may be written into them."""
     if options.plot is not None:
         pictures.pyplot()
-        os.makedirs(options.picture_folder, exist_ok=True)
+        folder, out = options.picture_folder, options.out
+        own = out is not None and os.path.realpath(out) == os.path.realpath(folder)
+        if not own and checkpoints.holds_run(folder):
+            raise ValueError(
+                f"{folder}: this folder holds another run; choose another folder for --plot"
+            )
+        os.makedirs(folder, exist_ok=True)
     if options.out is not None:
         os.makedirs(options.out, exist_ok=True)
 
@@ -135,7 +152,9 @@ def run(options: Options, script: Script) -> None:
             open_folders(options)
             if options.out is not None:
                 stack.enter_context(checkpoints.lock_folder(options.out))
-                if not options.resume:
+                if options.resume:
+                    checkpoints.check_script(options.out, options)
+                else:
                     checkpoints.check_unused(options.out)
             experiment, source = set_up(options, script.build, team)
         check_ranks_agree(experiment)
@@ -152,6 +171,12 @@ def first_progress(experiment: Experiment, optimizer: nn.Optimizer, params: nn.T
     return communicator.bcast(progress) if communicator else progress
 
 
+def write_report(progress: Progress, *, folder: str, experiment: Experiment) -> None:
+    """What is in the folder of a run after a report; pictures of before are not of it."""
+    pictures.remove_pictures(folder)
+    checkpoints.write_outputs(progress, folder=folder, experiment=experiment)
+
+
 def train_to_folder(
     experiment: Experiment, optimizer: nn.Optimizer, progress: Progress
 ) -> Progress:
@@ -160,8 +185,10 @@ def train_to_folder(
     with np.errstate(all="ignore"):  # a loss that is not finite is an error of its own
         if folder is None:
             return loop.train(experiment, optimizer, progress)
+        if len(progress.rows):  # resumed: a shorter run's last report may have been better
+            checkpoints.write_model(progress, folder)
         about = checkpoints.fingerprint(experiment)
-        write = partial(checkpoints.write_outputs, folder=folder, experiment=experiment)
+        write = partial(write_report, folder=folder, experiment=experiment)
         save = partial(checkpoints.write_checkpoint, folder=folder, about=about)
         return loop.train(experiment, optimizer, progress, write, save)
 
@@ -191,6 +218,7 @@ def train_and_test(experiment: Experiment, source: str | None, script: Script) -
 def draw_run(experiment: Experiment, progress: Progress, script: Script) -> None:
     """curves.png, and the script's own pictures."""
     folder, names = experiment.options.picture_folder, loop.columns(experiment)
+    pictures.remove_pictures(folder)
     if len(progress.rows):
         rows = [dict(zip(names, row, strict=True)) for row in progress.rows]
         title = format_command(chosen_values(experiment.options), script.name)
@@ -209,7 +237,7 @@ def compare_runs(options: Options) -> None:
     if len(set(labels)) < len(labels):  # the same setting twice
         labels = [os.path.normpath(folder) for folder in folders]
     os.makedirs(options.picture_folder, exist_ok=True)
-    path = os.path.join(options.picture_folder, "compare.png")
+    path = os.path.join(options.picture_folder, pictures.COMPARISON)
     pictures.plot_curves(path, dict(zip(labels, metrics, strict=True)), title)
     print(f"{path}: {len(runs)} runs")
 
