@@ -192,10 +192,10 @@ def plot_confusion(
     panel = figure.add_axes((0, 0, 1, 1))  # all texts stand beside it
     wrong = counts * (1 - np.eye(classes, dtype=int))
     panel.imshow(wrong, cmap="Reds", vmax=max(int(wrong.max()), 1))  # the correct ones stay white
-    size = fitting_size(8, text_width([str(counts.max())], 8), 0.8 * cell)
-    for (label, prediction), number in np.ndenumerate(counts) if size else ():
+    size = fitting_size(8, max(text_width([str(counts.max())], 8), 8 / 72), 0.8 * cell)
+    for label, prediction in np.argwhere(counts) if size else ():
         dark = wrong[label, prediction] > 0.6 * wrong.max() > 0
-        color = "white" if dark else "black" if number else "lightgray"
+        number, color = counts[label, prediction], "white" if dark else "black"
         panel.text(prediction, label, number, ha="center", va="center", fontsize=size, color=color)
     size = fitting_size(10, 10 / 72, 0.8 * cell)
     shown = names if size else ()

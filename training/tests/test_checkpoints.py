@@ -57,7 +57,8 @@ class Killed(BaseException):
     ("start", "options"),
     [
         (train_on, "--optimizer adam --dropout 0.5 --checkpoint-every 4"),
-        (train_on, "--schedule plateau --report-every 5 --checkpoint-every 4"),
+        (train_on, "--schedule plateau --report-every 5 --checkpoint-every 4 --clip 0.1"),
+        (train_on, "--class-weights balanced --patience 9 --checkpoint-every 5 --loss mse"),
         (train_on, "--augment --validation 0 --checkpoint-every 3"),
         (train_on, "--train-only out --optimizer rmsprop --report-every 7 --checkpoint-every 4"),
         (train_cnn_on, "--augment --optimizer sgd --checkpoint-every 4"),
@@ -156,6 +157,45 @@ def test_more_epochs_extend_a_finished_run(schedule, blob_file, tmp_path, capsys
     assert outputs_in(extended) == before
 
 
+def test_patience_may_be_more_when_a_training_is_resumed(blob_file, tmp_path, capsys):
+    """The same bits again and again; and with more patience those of a run that had it at once."""
+    options = ["--lr", "0", "--no-batch-norm", "--report-every", "5", "--epochs", "9", "--out"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train_on(blob_file, *options, whole, "--patience", "2") == 0
+    assert train_on(blob_file, *options, parts, "--patience", "1") == 0
+    assert [row["step"] for row in metrics(parts)] == [5, 10, 15, 20]  # the first one was the best
+    before, said = outputs_in(parts), capsys.readouterr().out.splitlines()[-2]
+    assert said.endswith("for 1 epoch (--patience): stopped after epoch 2 of 9")
+    assert train_on(blob_file, *options, parts, "--resume", "--patience", "1") == 0
+    assert outputs_in(parts) == before
+    assert capsys.readouterr().out.splitlines()[-2] == said
+    assert train_on(blob_file, *options, parts, "--resume", "--patience", "2") == 0
+    assert outputs_in(parts) == outputs_in(whole)
+
+
+def test_a_model_is_always_of_a_report_in_metrics(blob_file, tmp_path, monkeypatch):
+    """The last report of a run may be of half an epoch; the longer run does not have it."""
+    scores = {"long": [0.5, 0.6, 0.55, 0.55], "short": [0.5, 0.6, 0.9], "more": [0.55, 0.55]}
+    out = {"long": tmp_path / "long", "short": tmp_path / "short", "more": tmp_path / "short"}
+    for name, found in scores.items():
+        left = iter(found)
+        monkeypatch.setattr(
+            loop, "validate", lambda _, __, part, left=left: (1.0, part == "test" or next(left))
+        )
+        options = ["--epochs", "2"] if name == "short" else ["--epochs", "3", "--resume"]
+        options += ["--schedule", "constant", "--report-every", "10", "--out", out[name]]
+        assert train_on(blob_file, *options) == 0
+    assert outputs_in(tmp_path / "short") == outputs_in(tmp_path / "long")
+
+
+def test_a_run_of_another_script_is_refused_before_anything_is_loaded(folder, capsys):
+    (folder / "checkpoint.npz").unlink()
+    assert train_cnn_on("nowhere", "--out", folder, "--resume") == 2
+    message = capsys.readouterr().err
+    assert f"{folder}: cannot be resumed: it is a run of " in message
+    assert message.endswith(", and this script has no --task\n")
+
+
 def test_a_folder_that_holds_a_run_is_refused_before_anything_is_loaded(folder, capsys):
     before = outputs_in(folder)
     assert train_on("nowhere", "--out", folder) == 2
@@ -201,6 +241,8 @@ def resumed(data, folder, capsys, *options):
     [
         ("--hidden 9", "--hidden [8] then, [9] now"),
         ("--lr 0.1", "--lr 0.002 then, 0.1 now"),
+        ("--clip 1", "--clip default then, 1.0 now"),
+        ("--class-weights balanced", '--class-weights default then, ["balanced"] now'),
         ("--augment shift=1", '--augment default then, ["shift=1.0"] now'),
         ("--data other.npz", "the data differ"),
     ],

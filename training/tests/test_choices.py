@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import purenn as nn
 from training import choices
@@ -100,7 +102,10 @@ def test_momentum_is_dropped_in_the_last_quarter(momentum, final):
     )
 
 
-@pytest.mark.parametrize("loss", ["cross-entropy", "hinge", *ONE_HOT_LOSSES])
+LOSSES = ["cross-entropy", "hinge", *ONE_HOT_LOSSES]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_losses_are_those_of_the_library(loss):
     outputs = np.random.default_rng(0).normal(size=(5, 3))
     labels = np.array([0, 2, 1, 1, 0])
@@ -108,7 +113,8 @@ def test_losses_are_those_of_the_library(loss):
         "cross-entropy": lambda: nn.softmax_cross_entropy(outputs, labels, smoothing=0.1),
         "hinge": lambda: nn.hinge(outputs, labels),
     }.get(loss, lambda: ONE_HOT_LOSSES[loss](outputs, np.eye(3)[labels]))()
-    task = choices.choose_task(Options(loss=loss), 3)
+    task = choices.choose_task(Options(loss=loss), np.array([2, 2, 1]))
+    assert task.training_loss is task.loss
     value, gradient = task.loss(outputs, labels)
     assert value == expected[0]
     np.testing.assert_array_equal(gradient, expected[1])
@@ -119,12 +125,50 @@ def test_losses_are_those_of_the_library(loss):
 def test_smoothing_may_be_chosen_and_a_curve_is_judged_by_its_error():
     outputs, labels = np.array([[1.0, -1.0]]), np.array([1])
     for smoothing in (0.0, 0.3):
-        task = choices.choose_task(Options(label_smoothing=smoothing), 2)
+        task = choices.choose_task(Options(label_smoothing=smoothing), np.ones(2, int))
         expected = nn.softmax_cross_entropy(outputs, labels, smoothing=smoothing)[0]
         assert task.loss(outputs, labels)[0] == expected
-    task = choices.choose_task(Options(task="sine", loss="huber"), 0)
+    task = choices.choose_task(Options(task="sine", loss="huber"), np.zeros(0, int))
     assert (task.outputs, task.name, task.better, task.loss) == (1, "error", -1, nn.huber)
     assert task.measure(np.array([[1.0], [4.0]]), np.array([[2.0], [2.0]])) == 1.5
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@given(
+    weights=st.lists(st.floats(0.1, 9), min_size=3, max_size=3).map(tuple),
+    labels=st.lists(st.integers(0, 2), min_size=2, max_size=8).map(np.array),
+    data=st.data(),
+)
+def test_class_weights_weigh_every_image_wherever_a_batch_is_cut(loss, weights, labels, data):
+    counts = np.array([5, 1, 4])
+    options = Options(loss=loss, class_weights=weights)
+    task = choices.choose_task(options, counts)
+    outputs = np.random.default_rng(len(labels)).normal(size=(len(labels), 3))
+    each = [task.loss(outputs[[i]], labels[[i]])[0] for i in range(len(labels))]
+    scaled = np.array(weights) * 10 / (counts @ weights)  # a mean of 1 over the training images
+    value, gradient = task.training_loss(outputs, labels)
+    assert value == pytest.approx(np.mean(scaled[labels] * each))
+    cut = data.draw(st.integers(1, len(labels) - 1))
+    shares = [cut / len(labels), 1 - cut / len(labels)]
+    parts = [task.training_loss(outputs[p], labels[p]) for p in (slice(cut), slice(cut, None))]
+    assert value == pytest.approx(sum(s * part for s, (part, _) in zip(shares, parts, strict=True)))
+    joined = np.concatenate([s * part for s, (_, part) in zip(shares, parts, strict=True)])
+    np.testing.assert_allclose(gradient, joined)
+    assert np.abs(gradient).max() > 0
+
+
+def test_balanced_weights_are_inverse_to_the_numbers_of_images():
+    counts = np.array([10, 30, 60])
+    weights = choices.choose_class_weights(Options(class_weights=("balanced",)), counts)
+    np.testing.assert_allclose(weights, 100 / (3 * counts))
+    for given_weights in ((6.0, 2.0, 1.0), (3e307, 1e307, 0.5e307)):  # only their ratios matter
+        found = choices.choose_class_weights(Options(class_weights=given_weights), counts)
+        np.testing.assert_allclose(found, weights)
+    without = choices.choose_class_weights(Options(class_weights=("balanced",)), counts * [1, 0, 1])
+    np.testing.assert_allclose(without[[0, 2]], 70 / (2 * counts[[0, 2]]))
+    for few in ((1.0, 2.0), (1.0,) * 4):
+        with pytest.raises(ValueError, match=f"got {len(few)} numbers, but there are 3 classes$"):
+            choices.choose_class_weights(Options(class_weights=few), counts)
 
 
 @pytest.mark.parametrize("std", [None, 0.5])

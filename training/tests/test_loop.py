@@ -14,6 +14,7 @@ import purenn as nn
 from train_mlp import build_mlp
 from training import choices, loop
 from training.options import Options
+from training.team import Team
 from training.tests.conftest import all_bytes, mlp_experiment
 
 # --- steps ---
@@ -68,6 +69,35 @@ def test_a_step_is_that_of_the_library_written_out(blob_file):
         params = nn.update_statistics(params, cache)
     assert all_bytes(moved.params, moved.state) == all_bytes(params, state)
     assert moved.sums[2] == 32
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_class_weights_and_clip_are_of_the_batch_whatever_the_shards(reduction, blob_file):
+    options = {"hidden": (8,), "dropout": 0.0, "batch_norm": False, "reduction": reduction}
+    moves, weights = {}, (1.0, 9.0, 2.0, 0.1)
+    for clip in (None, 0.25, 1e9):
+        for shards in (1, 3):
+            experiment = mlp_experiment(blob_file, class_weights=weights, clip=clip, **options)
+            experiment = experiment._replace(team=Team(shards))
+            params, optimizer = loop.first_params(experiment), nn.sgd(1.0)
+            progress = loop.begin(experiment, optimizer, params)
+            moved = loop.take_step(experiment, optimizer, progress, np.arange(16)).params
+            moves[clip, shards] = moved["hidden1"]["W"] - params["hidden1"]["W"]
+            norm = nn.global_norm(nn.tree_map(np.subtract, moved, params))
+            assert norm == pytest.approx(0.25, rel=1e-5) if clip == 0.25 else norm > 0.5
+        np.testing.assert_allclose(moves[clip, 3], moves[clip, 1], atol=1e-5 * norm)
+    assert np.array_equal(moves[None, 1], moves[1e9, 1])
+    unweighted = experiment._replace(task=mlp_experiment(blob_file, **options).task)
+    moved = loop.take_step(unweighted, optimizer, progress, np.arange(16)).params
+    difference = moved["hidden1"]["W"] - params["hidden1"]["W"] - moves[1e9, 3]
+    assert nn.global_norm({"W": difference}) > 0.1
+
+
+def test_gradients_that_are_not_finite_are_not_clipped(blob_file):
+    options = mlp_experiment(blob_file, clip=1.0).options
+    message = "^step 7: clip_gradients: the norm of the gradients is nan; try a lower --lr$"
+    with pytest.raises(ValueError, match=message):
+        loop.clip({"W": np.array([math.nan])}, options, 7)
 
 
 # --- layers that are trained, and others ---
@@ -207,6 +237,37 @@ def test_the_plateau_sees_the_validation_loss(blob_file, monkeypatch):
     assert seen == [(loss, 12) for loss in progress.rows[:, 4]]
 
 
+@pytest.mark.parametrize(
+    ("patience", "every", "scores", "reports"),
+    [
+        (2, None, [0.3, 0.5, 0.5, 0.4, 0.9], 4),  # as good as the best is not better
+        (2, None, [0.3, 0.5, 0.4, 0.6, 0.5, 0.5, 0.9], 6),
+        (1, None, [0.3, 0.2, 0.9], 2),
+        (1, 6, [0.3, 0.2, 0.9, 0.8, 0.7, 0.9], 5),  # two reports an epoch
+        (1, 24, [0.3, 0.2, 0.9], 2),  # two epochs a report
+        (3, None, [0.5, 0.4, 0.3], 3),  # to its last epoch
+    ],
+)
+def test_patience_ends_a_training(patience, every, scores, reports, blob_file, monkeypatch, capsys):
+    left = iter(scores)
+    monkeypatch.setattr(loop, "validate", lambda *_: (1.0, next(left)))
+    epochs = len(scores) * (every or 12) // 12
+    options = {"epochs": epochs, "batch_size": 16, "report_every": every, "patience": patience}
+    experiment = mlp_experiment(blob_file, hidden=(8,), **options)
+    progress = trained(experiment)
+    assert progress.rows[:, -1].tolist() == scores[:reports]
+    assert progress.best_score == max(scores[:reports])
+    assert int(progress.step) == reports * (every or 12)
+    said = [line for line in capsys.readouterr().out.splitlines() if "patience" in line]
+    many = f"{patience} epoch{'s' * (patience > 1)}"
+    ended = f"stopped after epoch {progress.rows[-1, 0]:.0f} of {epochs}"
+    words = f"no better validation accuracy for {many} (--patience): {ended}"
+    assert said == [words] * (reports < len(scores))
+    monkeypatch.setattr(loop, "take_step", None)  # resumed, it has nothing to do
+    assert loop.train(experiment, nn.adam(), progress) is progress
+    assert capsys.readouterr().out.splitlines() == said
+
+
 @pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 def test_a_loss_that_is_not_finite_says_where_it_began(blob_file):
     experiment, optimizer = mlp_experiment(blob_file, hidden=(8, 6)), nn.adam()
@@ -232,6 +293,47 @@ def test_params_that_are_not_finite_are_never_kept(blob_file, monkeypatch):
     with pytest.raises(ValueError, match="^out/b is not finite after step 24, so its gradient was"):
         trained(experiment, write=saved.append, save=saved.append)
     assert [int(progress.step) for progress in saved] == [12, 12]
+
+
+# --- steps that become slow ---
+
+
+@pytest.mark.parametrize(
+    ("durations", "found"),
+    [
+        ([0.01] * 1000, [1, 1, 1]),
+        ([0.01] * 300 + [0.08] * 120, [1, 8, 8, 8]),
+        ([0.01] * 500 + [60.0] + [0.01] * 350, [1, 1, 1]),  # the machine was asleep
+        ([9.0] + [0.01] * 900, [1, 1, 1]),  # nor is the first step what others are compared with
+        ([0.08] * 120, [1, 1, 1]),  # slow from the beginning: nothing to compare with
+        ([2.0] * 5 + [20.0] * 4, [1]),  # too few to say
+        ([2.0] * 5 + [20.0] * 5, [1, 10]),
+    ],
+)
+def test_steps_are_compared_with_the_first_ones(durations, found):
+    pace = loop.Pace()
+    slowdowns = [slowdown for slowdown in map(pace.slowdown, durations) if slowdown]
+    np.testing.assert_allclose(slowdowns[: len(found)], found)
+    assert all(slowdown in found for slowdown in np.round(slowdowns, 6))
+
+
+@pytest.mark.parametrize(("blas_threads", "cores"), [("all cores", 2), ("1", 2), ("2", 1)])
+def test_that_threads_of_blas_wait_is_said_once(
+    blas_threads, cores, blob_file, monkeypatch, capsys
+):
+    monkeypatch.setattr(loop, "describe_threads", lambda: blas_threads)
+    monkeypatch.setattr(loop, "own_cores", lambda communicator: cores)
+    display = loop.Display(mlp_experiment(blob_file, hidden=(8,)), 0)
+    for seconds in [1.0] * 10 + [4.9] * 10 + [7.0] * 20:
+        display.count_step(16, seconds)
+    assert display.seen == 40 * 16
+    lines = capsys.readouterr().out.splitlines()
+    if blas_threads == "1" or cores == 1:
+        assert lines == []  # no thread waits for another one
+        return
+    (line,) = lines
+    assert line.startswith("steps take 7 times as long as the first ones did: ")
+    assert "threads of BLAS wait for each other; OPENBLAS_NUM_THREADS=1 in the env" in line
 
 
 # --- Ctrl-C ---

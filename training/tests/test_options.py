@@ -57,7 +57,7 @@ def is_a(value, kind):
 
 
 # What an option's kind makes of these, where it takes them: values of every option there is.
-TEXTS = ["0", "1", "7", "300", "0.5", "0.25", "1e-05", "shift=2", "elastic=0.5", "norm1", "a/b"]
+TEXTS = ["0", "1", "7", "300", "0.5", "0.25", "1e-05", "shift=2", "balanced", "norm1", "a/b"]
 
 
 def accepted(kind):
@@ -157,7 +157,8 @@ IMPOSSIBLE = {
     "--momentum": "1", "--final-momentum": "1", "--lr-factor": "1", "--lr-epochs": "0",
     "--train-size": "0", "--test-size": "0", "--size": "0", "--validation": "-1", "--hidden": "0",
     "--dropout": "1", "--init-std": "-1", "--report-every": "0", "--reduction": "max",
-    "--activation": "step", "--task": "cosine",
+    "--activation": "step", "--task": "cosine", "--clip": "0 -1 nan x", "--patience": "0 1.5",
+    "--class-weights": "0 -1 nan inf equal",
     "--augment": "blur=1 shift shift=far shift=-1 shift=nan",
 }  # fmt: skip
 
@@ -194,6 +195,8 @@ CONTRADICTIONS = [  # arguments, and the whole message or its beginning
         "--lr-epochs goes with --schedule step or multistep or cyc",
     ),
     ("--schedule step --lr-epochs 2 3", "--schedule step takes one number of --lr-epochs"),
+    ("--class-weights balanced 2", "--class-weights takes balanced, or one number for each class"),
+    ("--task sine --class-weights 1", "--class-weights goes with --task classes, not sine"),
     ("--resume", "--resume needs --out"),
     ("--checkpoint-every 9", "--checkpoint-every needs --out"),
     ("--task sine --loss hinge", "--task sine takes --loss mse, mae or huber, not hinge"),

@@ -186,6 +186,8 @@ MISTAKES = {  # arguments: what is said
     "--compare nowhere": "nowhere",
     "--compare empty": "empty",
     "--schedule plateau --validation 0": "--schedule plateau needs validation images",
+    "--patience 2 --validation 0": "--patience needs validation images, but there are none (--val",
+    "--class-weights 1 2 3": "--class-weights: got 3 numbers, but there are 4 classes",
     "--optimizer sgd --lr 1e30 --no-batch-norm --schedule constant": "try a lower --lr",
     "--out damaged.npz": "damaged.npz",
     "--plot damaged.npz": "",
@@ -284,6 +286,49 @@ def test_pictures_go_where_the_options_say(blob_file, tmp_path, monkeypatch, cur
     _, labels, title = curves[0]
     assert labels == [""]
     assert title.endswith(" --epochs 1 --batch-size 16 --hidden 8")
+
+
+@pytest.fixture
+def old_picture(tmp_path):
+    """A picture that was drawn before."""
+    path = tmp_path / "out" / "old.png"
+    path.parent.mkdir()
+    path.write_bytes(b"\x89PNG" + pictures.MARK)
+    return path
+
+
+def test_pictures_in_the_folder_of_a_run_are_those_of_the_run(
+    blob_file, old_picture, curves, monkeypatch, capsys
+):
+    monkeypatch.setattr(run.Script, "draw", lambda *_: None)
+    out = old_picture.parent
+    mine = out / "mine.png"
+    mine.write_bytes(b"\x89PNG")
+    common = ["--schedule", "constant", "--out", out]
+    assert train_on(blob_file, *common) == 0
+    assert not old_picture.exists()  # it was of another run
+    old_picture.write_bytes(pictures.MARK)
+    assert train_on(blob_file, *common, "--resume") == 0
+    assert old_picture.exists()  # nothing was left to do
+    assert train_on(blob_file, *common, "--resume", "--epochs", "3") == 0
+    assert not old_picture.exists()  # it was of fewer epochs
+    old_picture.write_bytes(pictures.MARK)
+    assert train_on(blob_file, *common, "--resume", "--epochs", "3", "--plot", f"{out}/.") == 0
+    assert not old_picture.exists()
+    assert mine.exists()
+    capsys.readouterr()
+    assert train_on("nowhere", "--plot", out) == 2
+    words = f"{out}: this folder holds another run; choose another folder for --plot\n"
+    assert capsys.readouterr().err.endswith(words)
+    assert len(curves) == 1
+
+
+def test_pictures_beside_each_other_are_of_one_run(blob_file, old_picture, curves, monkeypatch):
+    monkeypatch.setattr(run.Script, "draw", lambda *_: None)
+    folder = old_picture.parent
+    assert train_on(blob_file, "--epochs", "1", "--plot", folder) == 0
+    assert os.listdir(folder) == ["curves.png"]
+    assert len(curves) == 1
 
 
 def test_plot_without_matplotlib_says_what_to_install_before_it_trains(

@@ -69,7 +69,8 @@ def on_ranks(count, work):
 @pytest.fixture(scope="module")
 def shared_experiment(blob_file):
     """An experiment in which all that can depend on a shard does."""
-    return mlp_experiment(blob_file, hidden=(6,), dropout=0.5, augment=(("shift", 1.0),))
+    options = {"class_weights": (1.0, 2.0, 3.0, 4.0), "augment": (("shift", 1.0),), "clip": 1.0}
+    return mlp_experiment(blob_file, hidden=(6,), dropout=0.5, **options)
 
 
 @given(
@@ -228,7 +229,10 @@ def mpiexec(ranks, *arguments):
 
 @pytest.mark.parametrize(
     ("script", "options", "ranks"),
-    [("train_mlp.py", QUICK, 3), ("train_cnn.py", QUICK_CNN, 2)],
+    [
+        ("train_mlp.py", QUICK, 3),
+        ("train_cnn.py", [*QUICK_CNN, "--clip", "0.5", "--class-weights", "balanced"], 2),
+    ],
 )
 def test_ranks_train_as_one_process_does(script, options, ranks, blob_file, tmp_path):
     options = ["--data", blob_file, *options]
