@@ -312,7 +312,7 @@ class Options:
     )
     resume: bool = output_option(
         "go on from the checkpoint in --out, to the same bits as if it had never been stopped;"
-        " where there is none, begin; with more --epochs or --patience a run that has ended goes on",
+        " where there is none, begin; with more --epochs or --patience a finished run is extended",
         default=False,
     )
     checkpoint_every: int | None = output_option(
