@@ -4014,7 +4014,7 @@ def _read_npy(member: IO[bytes], size: int) -> Array:
     text = member.read(min(length, 10_000))
     header = _NPY_HEADER.fullmatch(text)
     if not header or len(text) != length:
-        raise ValueError("its header does not describe an array of numbers")
+        raise ValueError(f"{member.name}: its header does not describe an array of numbers")
     dtype = np.dtype(header[1].decode())
     shape = tuple(map(int, re.findall(rb"\d+", header[3])))
     needed, data = math.prod(shape) * dtype.itemsize, io.BytesIO()
@@ -4047,7 +4047,7 @@ def read_npz(path: Path, *, ratio: float = 1) -> dict[str, Array]:
             raise ValueError("its declared sizes exceed what the file can hold")
         for info in members:
             name, _, ending = info.filename.rpartition(".")
-            if not name or ending != "npy" or name in arrays:
+            if not name or ending != "npy" or name in arrays or info.comment:
                 raise ValueError(f"unexpected member {info.filename!r}")
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"{info.filename!r} has an unsupported compression")

@@ -36,6 +36,7 @@ class CNNOptions(Options):
     """The options of every script, and those about convolutions."""
 
     default_shards: ClassVar[int] = 2
+    needs_images: ClassVar[bool] = True
     epochs: int = with_default(Options, "epochs", 9)
     hidden: tuple[int, ...] = with_default(Options, "hidden", (128,))
     channels: tuple[int, ...] = network_option(

@@ -1,4 +1,4 @@
-"""Train a multilayer perceptron on MNIST, on your own images, or on synthetic digits.
+"""Train a multilayer perceptron on MNIST, on your own images or tables, or on synthetic digits.
 
     python train_mlp.py --hidden 512 256 --epochs 10 --out runs/first --plot
     python train_mlp.py --task sine --plot
@@ -69,8 +69,9 @@ def draw_mlp(folder: str, experiment: Experiment, params: nn.Tree) -> None:
         plot_fit(os.path.join(folder, "fit.png"), data["x_test"], data["y_test"], output)
         return
     first = params["hidden1" if "hidden1" in params else "out"]["W"]
-    units = as_pictures(first.T.reshape(-1, *data["x_train"].shape[1:]))
-    plot_grid(os.path.join(folder, "weights.png"), units, "weights of the first layer")
+    if "feature_mean" not in data:  # images
+        units = as_pictures(first.T.reshape(-1, *data["x_train"].shape[1:]))
+        plot_grid(os.path.join(folder, "weights.png"), units, "weights of the first layer")
     draw_mistakes(folder, data["x_test"], data["y_test"], output, data["classes"].tolist())
 
 

@@ -118,6 +118,8 @@ class Run(NamedTuple):
     sample_shape: list[int]
     pixel_range: list[float] | None  # what black and white became
     versions: dict[str, str]
+    feature_mean: list[float] | None = None  # features became (x - mean) / std
+    feature_std: list[float] | None = None
 
 
 def used_values(experiment: Experiment, source: str | None) -> dict[str, Any]:
@@ -147,7 +149,10 @@ def used_values(experiment: Experiment, source: str | None) -> dict[str, Any]:
 def describe_run(experiment: Experiment, script: str, source: str | None) -> Run:
     """What run.json says of an experiment."""
     options, data = experiment.options, experiment.data
-    classes = data["classes"].tolist() if "classes" in data else None
+    classes, mean, std = (
+        data[name].tolist() if name in data else None
+        for name in ("classes", "feature_mean", "feature_std")
+    )
     black = -0.5 if options.center else 0.0
     versions = {
         "purenn": nn.__version__,
@@ -161,8 +166,10 @@ def describe_run(experiment: Experiment, script: str, source: str | None) -> Run
         list(chosen_values(options)),
         classes,
         list(data["x_train"].shape[1:]),
-        [black, black + 1] if classes else None,
+        [black, black + 1] if classes and not mean else None,
         versions,
+        mean,
+        std,
     )
 
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import math
+import platform
 import shlex
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import numpy as np
 
 import purenn as nn
 
@@ -125,7 +129,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def new_parser(record: type[Any], description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -134,8 +138,9 @@ def new_parser(record: type[Any], description: str, epilog: str = "") -> argpars
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog=epilog,
+        allow_abbrev=False,  # what is short for one option today is for two when there are more
     )
-    version = f"purenn {nn.__version__}"
+    version = f"purenn {nn.__version__}, NumPy {np.__version__}, Python {platform.python_version()}"
     parser.add_argument("--version", action="version", version=version, help="print it and exit")
     groups: dict[str, Any] = {}
     for name, about in options_of(record).items():
@@ -160,16 +165,39 @@ def preset_defaults(options: Any) -> dict[str, Any]:
     return presets
 
 
+def similar_flags(record: type[Any], argument: str) -> list[str]:
+    """The options that begin like an argument, or else the one that is spelled most like it."""
+    flags = ["--help", "--version"]
+    for name, about in options_of(record).items():
+        flags += [flag_of(name), *([f"--no-{flag_of(name)[2:]}"] if about.default is True else [])]
+    wanted = argument.partition("=")[0].replace("_", "-")
+    longer = [flag for flag in flags if len(wanted) > 2 and flag.startswith(wanted)]
+    return longer or difflib.get_close_matches(wanted, flags, 1, 0.75)
+
+
+def parse_once(
+    record: type[Record], parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> Record:
+    """The options of a command line; of one that there is not, what it may have meant is said."""
+    namespace, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        similar = " or ".join(similar_flags(record, unknown[0]))
+        hint = f"; did you mean {similar}?" if similar else ""
+        what = "there is no option" if unknown[0].startswith("-") else "unexpected argument"
+        parser.error(f"{what} {unknown[0]}{hint}")
+    return from_namespace(record, namespace)
+
+
 def parse(
     record: type[Record], parser: argparse.ArgumentParser, arguments: Sequence[str] | None
 ) -> Record:
     """The options of a command line (None: of this process)."""
-    options = from_namespace(record, parser.parse_args(arguments))
+    options = parse_once(record, parser, arguments)
     presets = preset_defaults(options)
     if not presets:
         return options
     parser.set_defaults(**presets)
-    return from_namespace(record, parser.parse_args(arguments))
+    return parse_once(record, parser, arguments)
 
 
 def from_json(about: About, value: Any) -> Any:

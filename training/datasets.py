@@ -1,7 +1,7 @@
 """Data sets: IDX and .npz files, what --data names, and the parts that are held out.
 
-A data set is a dict of arrays: x_train (N, ...), y_train (N,), the same for x_test, y_test and,
-once split off, x_validation, y_validation; with classes also their names, "classes".
+A data set is a dict of arrays: x_train (N, ...), y_train (N,), the same for x_validation and for
+x_test, which are split off where there are none; with classes also their names, "classes".
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import math
 import os
+from collections.abc import Collection
 from functools import partial
 
 import numpy as np
@@ -17,19 +18,35 @@ import purenn as nn
 from training import mnist
 from training.digits import draw_digits
 from training.files import as_path, blame, open_binary, read_array
-from training.images import read_image_folders, resize, sub_folders
+from training.images import (
+    PARTS,
+    list_names,
+    match_parts,
+    read_image_folders,
+    resize,
+    sub_folders,
+)
 from training.terminal import ProgressLine
 
 Dataset = dict[str, np.ndarray]
 DEFAULT_FOLDER = os.path.join("data", "mnist")
 RATIO = 200  # a data set unpacks to so many times its size at most; binary MNIST in float64: 124
 IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-PARTS = {
+IDX_FILES = {  # array: how the name of its file begins
     "x_train": "train-images",
     "y_train": "train-labels",
     "x_test": "t10k-images",
     "y_test": "t10k-labels",
 }
+ARRAYS = {  # array: what it may be called in an .npz
+    f"{kind}_{part}": [*(f"{kind}_{name}" for name in called), *([kind] if part == "train" else [])]
+    for part, called in PARTS.items()
+    for kind in "xy"
+}
+TAKES = (
+    "--data takes a folder with MNIST-style IDX files, one with a sub-folder of images for each"
+    " class, or an .npz file, as numpy.savez('data.npz', x=x, y=y) writes it"
+)
 
 
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
@@ -56,29 +73,49 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
             return read_array(file, dtype, shape)
 
 
-def find_parts(path: str) -> Dataset:
-    """The four arrays of a data set, as they are in its files."""
-    if os.path.isdir(path):
-        names = sorted(os.listdir(path))
-        found = {
-            part: [name for name in names if name.startswith(start) and "idx" in name]
-            for part, start in PARTS.items()
-        }
-        if all(found.values()):  # the first one is the one without .gz, if there are both
-            return {part: read_idx(os.path.join(path, files[0])) for part, files in found.items()}
-        archives = [name for name in names if name.endswith(".npz")]
-        if len(archives) != 1:
-            missing = [start for part, start in PARTS.items() if not found[part]]
-            raise ValueError(
-                f"{path}: expected IDX files train-images-idx3-ubyte[.gz] and so on (missing:"
-                f" {', '.join(missing)}) or one .npz file, found {len(archives)} of these"
-            )
-        path = os.path.join(path, archives[0])
+def missing_arrays(found: Collection[str]) -> list[str]:
+    """What a data set lacks: images or labels to train on, and in every other part the other."""
+    missing = []
+    for part in PARTS:
+        lacks = [name for name in (f"x_{part}", f"y_{part}") if name not in found]
+        if part == "train" or len(lacks) == 1:
+            missing += lacks
+    return missing
+
+
+def read_archive(path: str) -> Dataset:
+    """The arrays of a data set in an .npz file."""
     arrays = nn.read_npz(path, ratio=RATIO)
     with blame(path):
-        if not PARTS.keys() <= arrays.keys():
-            raise ValueError(f"expected {list(PARTS)}, found {sorted(arrays)}")
-        return {part: arrays[part] for part in PARTS}
+        names = match_parts(ARRAYS, arrays)
+        if missing_arrays(names):
+            raise ValueError(
+                "expected x_train and y_train (or x and y), and where there are others x_val and"
+                f" y_val, x_test and y_test; found {list_names(arrays)}"
+            )
+        return {part: arrays[name] for part, name in names.items()}
+
+
+def read_parts(path: str) -> Dataset:
+    """The arrays of a data set, as they are in its files."""
+    if not os.path.isdir(path):
+        if not path.lower().endswith(".npz"):
+            raise ValueError(f"{path}: {TAKES}")
+        return read_archive(path)
+    names = sorted(os.listdir(path))
+    found: dict[str, str] = {}
+    for part, start in IDX_FILES.items():
+        files = [name for name in names if name.startswith(start) and "idx" in name]
+        if files:
+            found[part] = files[0]  # the one without .gz, if there are both
+    archives = [name for name in names if name.endswith(".npz")]
+    if len(archives) == 1 and len(found) < len(IDX_FILES):
+        return read_archive(os.path.join(path, archives[0]))
+    missing = [IDX_FILES[name] for name in missing_arrays(found)]
+    if not found or missing:
+        beside = f"missing beside {list_names(found.values())}: {', '.join(missing)}"
+        raise ValueError(f"{path}: {beside if found else f'{TAKES}; found {list_names(names)}'}")
+    return {part: read_idx(os.path.join(path, name)) for part, name in found.items()}
 
 
 def as_images(array: np.ndarray) -> np.ndarray:
@@ -99,14 +136,41 @@ def as_images(array: np.ndarray) -> np.ndarray:
     return images if array.dtype.kind in "fb" else np.divide(images, np.float32(255), out=images)
 
 
+def as_features(array: np.ndarray) -> np.ndarray:
+    """(N, features) as float64, whatever they are; `standardize` brings them to one scale."""
+    with np.errstate(all="ignore"):  # what is too large for float32 becomes inf
+        finite = np.isfinite(array.astype(np.float32))
+    if not finite.all():
+        row, column = np.argwhere(~finite)[0]
+        value = array[row, column]
+        raise ValueError(f"features must be finite, got {value} in row {row}, column {column}")
+    return array.astype(np.float64)
+
+
+def as_samples(name: str, array: np.ndarray) -> np.ndarray:
+    """Features (N, F) by `as_features`, images by `as_images`."""
+    if array.ndim not in (2, 3, 4) or 0 in array.shape:
+        raise ValueError(
+            f"{name}: expected features (N, F) or images (N, H, W), (N, H, W, C) or (N, C, H, W),"
+            f" got shape {array.shape}"
+        )
+    return as_features(array) if array.ndim == 2 else as_images(array)
+
+
 def as_labels(name: str, labels: np.ndarray, count: int, classes: int) -> np.ndarray:
-    """(N,) or (N, 1) as int64 (N,): one class number for each of `count` images."""
+    """(N,) or (N, 1) as int64 (N,): one class number for each of `count` samples."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.shape != (count,):
         raise ValueError(f"{name}: labels must have shape ({count},), got {labels.shape}")
     if labels.dtype.kind not in "iu":
-        raise ValueError(f"{name}: labels must be whole numbers (integers), got {labels.dtype}")
+        whole = np.array_equal(labels, np.round(labels))
+        advice = (
+            "astype(int) makes them so" if whole else "these scripts classify, they fit no values"
+        )
+        raise ValueError(
+            f"{name}: labels must be class numbers (integers), got {labels.dtype}; {advice}"
+        )
     low, high = labels.min(), labels.max()
     if low < 0 or high >= classes:
         raise ValueError(f"{name}: labels must be from 0 to {classes - 1}, got {low} to {high}")
@@ -114,24 +178,29 @@ def as_labels(name: str, labels: np.ndarray, count: int, classes: int) -> np.nda
 
 
 def read_dataset(path: str | os.PathLike[str]) -> Dataset:
-    """{"x_train", "y_train", "x_test", "y_test"}: images (N, C, H, W) of float32, labels (N,).
+    """{"x_train", "y_train", ...}: images (N, C, H, W) of float32 or features (N, F), labels (N,).
 
-    `path`: a folder with MNIST-style IDX files (.gz or not) or with one Keras-style .npz, or
-    the .npz itself. Whole pixels of 0 ... 255 become 0 ... 1. ValueError (with the path) for
-    files that are missing, damaged or do not fit together.
+    `path`: a folder with MNIST-style IDX files (.gz or not) or with one .npz, or the .npz itself;
+    validation and test samples may be missing. Whole pixels of 0 ... 255 become 0 ... 1, features
+    stay as they are, in float64. ValueError (with the path) for files that are missing, damaged or
+    do not fit together.
     """
     path = as_path("read_dataset", path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: there is no such file or folder")
-    parts = find_parts(path)
+    parts = read_parts(path)
     with blame(path):
-        data = {name: as_images(parts[name]) for name in ("x_train", "x_test")}
-        if data["x_train"].shape[1:] != data["x_test"].shape[1:]:
-            raise ValueError("training and test images differ in size")
+        data: Dataset = {}
         classes = 2**31  # what is beyond is damage, and might not fit in int64
-        for part in ("train", "test"):
-            name = f"y_{part}"
-            data[name] = as_labels(name, parts[name], len(data[f"x_{part}"]), classes)
+        for part in PARTS:
+            x, y = f"x_{part}", f"y_{part}"
+            if x not in parts:
+                continue
+            data[x] = as_samples(x, parts[x])
+            own, expected = data[x].shape[1:], data["x_train"].shape[1:]
+            if own != expected:
+                raise ValueError(f"{x} has samples of shape {own}, but x_train of {expected}")
+            data[y] = as_labels(y, parts[y], len(data[x]), classes)
             classes = int(data["y_train"].max()) + 1
     return data
 
@@ -154,12 +223,16 @@ def sine(train: int = 4_000, test: int = 1_000) -> Dataset:
     return {**data, **{f"y{name[1:]}": np.sin(x) for name, x in data.items()}}
 
 
-def has_dataset(folder: str) -> bool:
-    """Whether there is a complete data set in a folder, going by the names alone."""
+def data_files(folder: str) -> list[str]:
+    """The names of the IDX and .npz files in a folder; none where it is not a folder."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sum("-idx" in name or ".idx" in name for name in names) >= 4 or any(
-        name.endswith(".npz") for name in names
-    )
+    return [n for n in names if "-idx" in n or ".idx" in n or n.endswith(".npz")]
+
+
+def has_mnist(folder: str) -> bool:
+    """Whether a download into a folder was finished, or another data set stands there."""
+    names = data_files(folder)
+    return len(names) >= len(IDX_FILES) or any(name.endswith(".npz") for name in names)
 
 
 def show_download(line: ProgressLine, name: str, done: int, total: int) -> None:
@@ -170,7 +243,7 @@ def show_download(line: ProgressLine, name: str, done: int, total: int) -> None:
 
 def find_mnist() -> str:
     """data/mnist, downloaded into it if it is not there; without a network "builtin"."""
-    if has_dataset(DEFAULT_FOLDER):
+    if has_mnist(DEFAULT_FOLDER):
         return DEFAULT_FOLDER
     line = ProgressLine()
     progress = partial(show_download, line)
@@ -193,7 +266,7 @@ def load_data(source: str | None, size: int | None) -> tuple[Dataset, str]:
 
     Images of a folder of image files are resized to `size` while they are read.
     """
-    if source is not None and sub_folders(source) and not has_dataset(source):
+    if source is not None and sub_folders(source) and not data_files(source):
         return read_image_folders(source, size), source
     if source is None:
         source = find_mnist()
@@ -207,20 +280,22 @@ def shuffle(count: int, key: nn.Key) -> np.ndarray:
 
 
 def select(data: Dataset, part: str, index: np.ndarray) -> list[np.ndarray]:
-    """[x, y] of some of the training or test images, in the order in which they stand there."""
+    """[x, y] of some of the samples of a part, in the order in which they stand there."""
     index = np.sort(index)
     return [data[f"{name}_{part}"][index] for name in ("x", "y")]
 
 
 def choose_test(data: Dataset, size: int | None) -> Dataset:
-    """`size` of the test images; where there are none, of the training images, which lose them."""
+    """`size` of the test samples; where there are none, of those to train on, which lose them."""
     source = "test" if "x_test" in data else "train"
     available = len(data[f"x_{source}"])
     if source == "test" and size is None:
         return data
-    size = available // 5 if size is None else size
-    if size > available - (source == "train"):
-        raise ValueError(f"--test-size {size} exceeds the {available} {source} images")
+    size = max(available // 5, 1) if size is None else size
+    if source == "test" and size > available:
+        raise ValueError(f"--test-size {size} exceeds the {available} test samples")
+    if source == "train" and size >= available:
+        raise ValueError(f"--test-size {size} leaves none of the {available} samples to train on")
     order = shuffle(available, 0)
     parts = {"test": order[:size], **({"train": order[size:]} if source == "train" else {})}
     chosen = dict(data)
@@ -229,29 +304,63 @@ def choose_test(data: Dataset, size: int | None) -> Dataset:
     return chosen
 
 
-def split_off(data: Dataset, size: int | None, seed: int, train_size: int | None = None) -> Dataset:
-    """Hold out `size` random training images as "x_validation" and "y_validation".
+def choose_validation(data: Dataset, size: int | None) -> Dataset:
+    """`size` of the validation samples, always the same ones, or all."""
+    available = len(data["x_validation"])
+    size = available if size is None else size
+    if size > available:
+        raise ValueError(f"--validation {size} exceeds the {available} validation samples")
+    x, y = select(data, "validation", shuffle(available, 0)[:size])
+    return {**data, "x_validation": x, "y_validation": y}
 
-    Of the others, `train_size` stay, or all.
+
+def split_off(data: Dataset, size: int | None, seed: int, train_size: int | None = None) -> Dataset:
+    """Hold out `size` random training samples as "x_validation" and "y_validation".
+
+    Where there are validation samples, they are those, and nothing is held out. Of the training
+    samples that are left, `train_size` stay, or all.
     """
-    available = len(data["x_train"])
-    if size is None:
-        size = min(5_000, available // 10)
-    if size >= available:
-        raise ValueError(f"--validation {size} leaves none of the {available} images to train on")
+    parts, available, held_out = dict(data), len(data["x_train"]), 0
+    if "x_validation" in data:
+        parts = choose_validation(data, size)
+    else:
+        held_out = min(5_000, available // 10) if size is None else size
+    if held_out >= available:
+        raise ValueError(f"--validation {size} leaves none of the {available} samples to train on")
     if train_size is None:
-        train_size = available - size
-    if train_size > available - size:
+        train_size = available - held_out
+    if train_size > available - held_out:
         raise ValueError(
-            f"--train-size {train_size} is too many: there are {available} images, {size} of them"
-            " held out (--validation)"
+            f"--train-size {train_size} is too many: there are {available} samples, {held_out} of"
+            " them held out (--validation)"
         )
     order = shuffle(available, (seed, 3))
-    parts = dict(data)
-    parts["x_validation"], parts["y_validation"] = select(data, "train", order[:size])
-    index = order[size : size + train_size]
+    if "x_validation" not in data:
+        parts["x_validation"], parts["y_validation"] = select(data, "train", order[:held_out])
+    index = order[held_out : held_out + train_size]
     parts["x_train"], parts["y_train"] = select(data, "train", index)
     return parts
+
+
+def standardize(features: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """Features as the network takes them: (features - mean) / std, in float32."""
+    with np.errstate(over="ignore"):
+        return ((features - mean) / std).astype(np.float32)
+
+
+def prepare_features(data: Dataset) -> Dataset:
+    """Features standardized, by the mean and the standard deviation of those that are trained on.
+
+    These two are kept, as "feature_mean" and "feature_std". What is constant there becomes 0.
+    """
+    features = data["x_train"]
+    mean, std, low = features.mean(axis=0), features.std(axis=0), features.min(axis=0)
+    constant = low == features.max(axis=0)  # its mean and deviation are only so up to rounding
+    mean[constant], std[constant | (std == 0)] = low[constant], 1
+    prepared = {**data, "feature_mean": mean, "feature_std": std}
+    for name in ("x_train", "x_validation", "x_test"):
+        prepared[name] = standardize(data[name], mean, std)
+    return prepared
 
 
 def prepare(data: Dataset, *, size: int | None, center: bool) -> Dataset:

@@ -6,12 +6,19 @@ import io
 import math
 import os
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from training.files import open_binary
+from training.terminal import ProgressLine
 
+PARTS = {  # of a data set, and what each may be called, as a folder or in a file
+    "train": ("train",),
+    "validation": ("val", "valid", "validation"),
+    "test": ("test",),
+}
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others may run programs
 
 
@@ -122,11 +129,16 @@ def read_image(path: str, size: int | None) -> np.ndarray:
 def stack_images(paths: list[str], size: int | None) -> np.ndarray:
     """(N, C, H, W) of image files of one size; gray ones get three channels among colored ones."""
     images: list[np.ndarray] = []
-    for path in paths:
-        images.append(read_image(path, size))
-        if images[-1].shape[1:] != images[0].shape[1:]:
-            sizes = " and ".join(f"{i.shape[2]}x{i.shape[1]}" for i in (images[0], images[-1]))
-            raise ValueError(f"{path}: images of {sizes} pixels; --size makes them the same")
+    line = ProgressLine()
+    try:
+        for path in paths:
+            line.show(f"reading images: {len(images):,} of {len(paths):,}")
+            images.append(read_image(path, size))
+            if images[-1].shape[1:] != images[0].shape[1:]:
+                sizes = " and ".join(f"{i.shape[2]}x{i.shape[1]}" for i in (images[0], images[-1]))
+                raise ValueError(f"{path}: images of {sizes} pixels; --size makes them the same")
+    finally:
+        line.end()
     channels = max(len(image) for image in images)
     return np.stack([np.broadcast_to(image, (channels, *image.shape[1:])) for image in images])
 
@@ -142,33 +154,88 @@ def list_images(folder: str) -> list[str]:
     ]
 
 
-def read_images(folder: str, classes: list[str], size: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """(images, labels) of a folder with one sub-folder for each class."""
-    image_suffixes(folder)
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = list_images(os.path.join(folder, name))
-        if not found:
-            raise ValueError(f"{os.path.join(folder, name)}: there is no image in this folder")
-        paths += found
-        labels += [label] * len(found)
-    return stack_images(paths, size), np.array(labels)
+def list_names(names: Iterable[str]) -> str:
+    """Some names in a sentence, the first five of them."""
+    names = sorted(names)
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return (", ".join(names[:5]) or "nothing") + more
+
+
+def match_parts(called: Mapping[str, Sequence[str]], names: Iterable[str]) -> dict[str, str]:
+    """{part: its name} of the parts that are there; ValueError where one is there twice."""
+    matched: dict[str, str] = {}
+    for part, known in called.items():
+        found = [name for name in names if name.lower() in known]
+        if len(found) > 1:
+            raise ValueError(f"{' and '.join(found)} are the same part of a data set: keep one")
+        if found:
+            matched[part] = found[0]
+    return matched
+
+
+def part_folders(folder: str) -> dict[str, str]:
+    """{part: its folder}: train/, val/ and test/, or the folder itself where there are none.
+
+    Those hold folders; one that is called train and holds images is a class.
+    """
+    try:
+        found = match_parts(PARTS, sub_folders(folder))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    folders = {part: os.path.join(folder, name) for part, name in found.items()}
+    if not any(map(sub_folders, folders.values())):
+        return {"train": folder}
+    if "train" not in found:
+        other = next(iter(found.values()))
+        raise ValueError(f"{folder}: there is a folder {other}, but none called train")
+    return folders
+
+
+def check_classes(folder: str, train: str, classes: Sequence[str]) -> None:
+    """ValueError where a folder has not one for each class, as the folder of `train` has."""
+    found = sub_folders(folder)
+    for one, other, missing in (
+        (folder, train, set(classes).difference(found)),
+        (train, folder, set(found).difference(classes)),
+    ):
+        if missing:
+            raise ValueError(
+                f"{one}: expected the same classes as in {other}; there is no folder"
+                f" {list_names(missing)}"
+            )
+
+
+def list_class(folder: str) -> list[str]:
+    """The paths of the images of one class, at least one."""
+    paths = list_images(folder)
+    if paths:
+        return paths
+    inside = sub_folders(folder)
+    found = [name for name in os.listdir(folder) if not name.startswith(".")]
+    reason = f", only {list_names(found)}" if found else ""
+    if inside:
+        reason += "; --data takes the folder right above those of the classes"
+    raise ValueError(f"{folder}: there is no image in this folder{reason}")
 
 
 def read_image_folders(folder: str, size: int | None) -> dict[str, np.ndarray]:
     """A data set of image files, in one sub-folder for each class.
 
-    These stand in train/ and test/; or by themselves, and then there are no test images.
+    These stand in train/, val/ and test/, of which only the first must be there; or by themselves.
     """
-    parts = [part for part in ("train", "test") if part in sub_folders(folder)]
-    folders = {part: os.path.join(folder, part) for part in parts} or {"train": folder}
-    if "train" not in folders:
-        raise ValueError(f"{folder}: there is a folder test, but none called train")
+    image_suffixes(folder)
+    folders = part_folders(folder)
     classes = sub_folders(folders["train"])
-    data = {"classes": np.array(classes)}
+    paths: list[str] = []
+    labels: dict[str, np.ndarray] = {}
     for part, path in folders.items():
-        if sub_folders(path) != classes:
-            raise ValueError(f"{path}: expected a folder for each of {', '.join(classes)}")
-        data[f"x_{part}"], data[f"y_{part}"] = read_images(path, classes, size)
+        check_classes(path, folders["train"], classes)
+        listed = [list_class(os.path.join(path, name)) for name in classes]
+        labels[part] = np.repeat(np.arange(len(classes)), list(map(len, listed)))
+        paths += [image for images in listed for image in images]
+    ends = np.cumsum([len(part) for part in labels.values()])
+    images = np.split(stack_images(paths, size), ends[:-1])
+    data = {"classes": np.array(classes)}
+    for part, own in zip(labels, images, strict=True):
+        data |= {f"x_{part}": own, f"y_{part}": labels[part]}
     return data

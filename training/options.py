@@ -97,12 +97,12 @@ def augmentation(text: str) -> tuple[str, float]:
     kind, _, amount = text.partition("=")
     if kind not in AUGMENTATIONS or not amount:
         raise ArgumentTypeError(
-            f"expected KIND=AMOUNT with a kind of {', '.join(AUGMENTATIONS)}, got {text}"
+            f"expected KIND=AMOUNT with a kind of {', '.join(AUGMENTATIONS)}, got {text!r}"
         )
     try:
         return kind, not_negative(amount)
     except ValueError:
-        raise ArgumentTypeError(f"the amount of {kind} is not a number: {amount}") from None
+        raise ArgumentTypeError(f"the amount of {kind} is not a number: {amount!r}") from None
 
 
 def class_weight(text: str) -> float | str:
@@ -125,21 +125,24 @@ class Options:
     """The options of every training script, with their defaults."""
 
     default_shards: ClassVar[int] = 1  # of a script; with --mpi one for each worker of each rank
+    needs_images: ClassVar[bool] = False  # a script that cannot take features (N, F)
     task: str = "classes"  # or "sine", in a script that offers it
 
     data: str | None = data_option(
-        "folder with MNIST-style IDX files (.gz or not), with a Keras-style .npz or with a"
-        " sub-folder of images for each class (in train/ and test/ or by themselves; needs Pillow),"
-        " or the .npz itself; 'builtin' for synthetic digits (default: data/mnist, downloaded into"
-        " it if it is not there; without a network synthetic digits)",
+        "folder with MNIST-style IDX files (.gz or not), with an .npz or with a sub-folder of"
+        " images for each class (in train/, val/ and test/ or by themselves; needs Pillow), or the"
+        " .npz itself: x_train and y_train, or x and y, and if there are any x_val, y_val, x_test"
+        " and y_test, of images or of features (N, F); 'builtin' for synthetic digits (default:"
+        " data/mnist, downloaded into it if it is not there; without a network synthetic digits)",
         metavar="DIR",
         only_with=("task", ["classes"]),
         distinguishes=False,
         resumes=True,  # a checkpoint knows the data by their hash
     )
     validation: int | None = data_option(
-        "training images held out to choose the best epoch; 0 keeps the last epoch"
-        " (default: a tenth of them, at most 5,000)",
+        "use N of the validation images to choose the best epoch, always the same ones, or where"
+        " there are none hold out N of the training images; 0 keeps the last epoch (default: all,"
+        " or a tenth of the training images, at most 5,000)",
         metavar="N",
         type=count_or_zero,
     )
@@ -149,8 +152,9 @@ class Options:
         type=count,
     )
     test_size: int | None = data_option(
-        "test on N of the test images, always the same ones (default: all; of a folder of"
-        " images that has no test images, a fifth)",
+        "test on N of the test images, always the same ones, or where there are none on N of the"
+        " training images, which are not trained on (default: all, or a fifth of the training"
+        " images)",
         metavar="N",
         type=count,
     )

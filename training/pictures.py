@@ -203,19 +203,19 @@ def plot_confusion(
     panel.set_xticks(range(len(shown)), shown, size=size, rotation=rotation)
     panel.set_yticks(range(len(shown)), shown, size=size)
     right = counts.trace() / max(counts.sum(), 1)
-    panel.set(xlabel="predicted", ylabel="class", title=f"test images, accuracy {right:.2%}")
+    panel.set(xlabel="predicted", ylabel="class", title=f"test accuracy {right:.2%}")
     save_figure(figure, path)
 
 
 def draw_mistakes(
     folder: str, images: np.ndarray, labels: np.ndarray, logits: np.ndarray, classes: Sequence[str]
 ) -> None:
-    """confusion.png, and mistakes.png: the misclassified images (N, C, H, W), the worst first."""
+    """confusion.png; of images (N, C, H, W) also mistakes.png: the misclassified, worst first."""
     names = drawable_names(classes)
     predicted = logits.argmax(axis=1)
     plot_confusion(os.path.join(folder, "confusion.png"), predicted, labels, names)
     (wrong,) = np.nonzero(predicted != labels)
-    if not len(wrong):
+    if not len(wrong) or images.ndim != 4:
         return
     logits = logits[wrong]
     lead = logits.max(axis=1) - logits[np.arange(len(wrong)), labels[wrong]]

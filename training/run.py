@@ -19,8 +19,16 @@ import purenn as nn
 from training import checkpoints, loop, pictures
 from training.choices import check_options, choose_optimizer, choose_task
 from training.classification import print_classes
-from training.command_line import chosen_values, format_command, new_parser, parse
-from training.datasets import Dataset, choose_test, load_data, prepare, sine, split_off
+from training.command_line import chosen_values, flag_of, format_command, new_parser, parse
+from training.datasets import (
+    Dataset,
+    choose_test,
+    load_data,
+    prepare,
+    prepare_features,
+    sine,
+    split_off,
+)
 from training.loop import Experiment, Progress
 from training.options import Options
 from training.prediction import format_shape
@@ -49,6 +57,18 @@ class Script(NamedTuple):
 # ------------------------------------------------------------------------------------------------
 
 
+def check_samples(options: Options, data: Dataset, source: str) -> None:
+    """ValueError for features where only images will do."""
+    if data["x_train"].ndim > 2:
+        return
+    what = f"{source} holds tabular data ({data['x_train'].shape[1]} features a sample)"
+    if options.needs_images:
+        raise ValueError(f"{what}, but this script takes images; train_mlp.py takes both")
+    for name in ("size", "center", "augment"):
+        if getattr(options, name) not in (None, False):
+            raise ValueError(f"{what}, and {flag_of(name)} is for images")
+
+
 def load_parts(options: Options) -> tuple[Dataset, str | None]:
     """The data of the options, in parts and prepared, and the value of --data that was used."""
     data: Dataset
@@ -56,8 +76,12 @@ def load_parts(options: Options) -> tuple[Dataset, str | None]:
     data, source = (
         (sine(), None) if options.task == "sine" else load_data(options.data, options.size)
     )
+    if source is not None:
+        check_samples(options, data, source)
     data = choose_test(data, options.test_size)
     data = split_off(data, options.validation, options.seed, options.train_size)
+    if source is not None and data["x_train"].ndim == 2:
+        return prepare_features(data), source
     return prepare(data, size=options.size, center=options.center), source
 
 
@@ -80,7 +104,8 @@ def set_up(
         if used and not len(data["x_validation"]):
             raise ValueError(f"{flag} needs validation images, but there are none (--validation)")
     if len(data.get("classes", (0, 1))) < 2:
-        raise ValueError(f"{source}: expected at least two classes, found {len(data['classes'])}")
+        (name,) = data["classes"]
+        raise ValueError(f"{source}: expected at least two classes, found 1 ({name})")
     task = choose_task(options, count_images(data))
     return Experiment(options, data, task, build(options, task.outputs), team), source
 
@@ -104,7 +129,9 @@ def describe_data(experiment: Experiment, source: str | None, parameters: int) -
     """The first line that is printed."""
     data, task = experiment.data, experiment.task
     sizes = [f"{len(data[f'x_{part}']):,} {part}" for part in ("train", "validation", "test")]
-    what = f"images of {format_shape(data['x_train'])}, {task.outputs} classes"
+    shape = format_shape(data["x_train"])
+    what = f"samples of {shape} features" if "feature_mean" in data else f"images of {shape}"
+    what += f", {task.outputs} classes"
     origin = "synthetic digits" if source == "builtin" else source
     if source is None:
         what, origin = "points", "y = sin x"

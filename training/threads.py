@@ -28,9 +28,8 @@ def describe_threads() -> str:
 
 
 def asks_for_workers(argument: str) -> bool:
-    """Whether this is --shards, --workers or --mpi, or an abbreviation that argparse takes."""
-    flag, known = argument.partition("=")[0], ("--shards", "--workers", "--mpi")
-    return len(flag) > 3 and any(option.startswith(flag) for option in known)
+    """Whether this is --shards, --workers or --mpi."""
+    return argument.partition("=")[0] in ("--shards", "--workers", "--mpi")
 
 
 if any(map(asks_for_workers, sys.argv)):

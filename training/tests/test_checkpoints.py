@@ -432,6 +432,7 @@ def broken_run(**change):
     return json.dumps({name: value for name, value in {**run, **change}.items() if value != ""})
 
 
+OLDEST_FIELDS = [n for n in checkpoints.Run._fields if n not in checkpoints.Run._field_defaults]
 NO_FORMAT = "it has no format version: an older version of purenn wrote it"
 
 
@@ -442,7 +443,7 @@ NO_FORMAT = "it has no format version: an older version of purenn wrote it"
         *((text, NO_FORMAT) for text in ("{}", broken_run(format=""))),
         (broken_run(format=99), "its format version is 99, this version of purenn reads"),
         (broken_run(format=[1]), "its format version is [1], this version of purenn reads"),
-        *((broken_run(**{name: ""}), "") for name in checkpoints.Run._fields),
+        *((broken_run(**{name: ""}), "") for name in OLDEST_FIELDS),
         *((broken_run(options=value), "") for value in (None, [1], "x", {"--seed": 1})),
         *((broken_run(chosen=value), "") for value in (None, 3, [[]], ["--seed"])),
     ],

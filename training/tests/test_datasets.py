@@ -168,16 +168,17 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_take_no_more_memory_than_they_have_data(tmp_path, name):
     read, content = HOSTILE[name]
-    (tmp_path / "x").write_bytes(content)
-    refusal(read, tmp_path / "x")  # what is imported at first is not meant
-    assert peak_memory(lambda: refusal(read, tmp_path / "x")) < 3_000_000
+    path = tmp_path / "x.npz"
+    path.write_bytes(content)
+    refusal(read, path)  # what is imported at first is not meant
+    assert peak_memory(lambda: refusal(read, path)) < 3_000_000
 
 
 @pytest.mark.parametrize("read", [read_idx, read_dataset])
 def test_links_are_followed_and_what_is_no_file_is_refused(tmp_path, read):
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "zeros").symlink_to("/dev/zero")
-    for name in ("pipe", "zeros"):
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "zeros.npz").symlink_to("/dev/zero")
+    for name in ("pipe.npz", "zeros.npz"):
         assert refusal_in_time(read, tmp_path / name) == "cannot be read: it is not a file"
     (tmp_path / "nowhere").symlink_to("missing")
     for name in ("nowhere", "missing"):
@@ -233,7 +234,7 @@ def test_a_folder_of_idx_files_or_with_an_archive_is_a_data_set(tmp_path, write)
     write(tmp_path)
     (tmp_path / "notes.txt").write_text("not data")
     data, parts = read_dataset(str(tmp_path)), four_parts()
-    assert list(data) == ["x_train", "x_test", "y_train", "y_test"]
+    assert list(data) == ["x_train", "y_train", "x_test", "y_test"]
     for part in ("train", "test"):
         images = parts[f"x_{part}"][:, None].astype(np.float32) / np.float32(255)
         assert all_bytes(data[f"x_{part}"]) == all_bytes(images)
@@ -281,18 +282,23 @@ def test_any_number_of_classes_is_taken(tmp_path, classes):
         read_archive(tmp_path, y_train=labels, y_test=labels[2:] + 1)
 
 
-SIZE, SHAPE = "training and test images differ in size", "labels must have shape "
+SIZE, SHAPE = r"has samples of shape .*, but x_train of \(1, 4, 5\)$", "labels must have shape "
+SAMPLES = r"expected features \(N, F\) or images .*, got shape "
+WHOLE = "labels must be class numbers (integers), got "
 MISFITS = [  # (part, another array in its place, what is said of it)
     *(("x_test", np.zeros((4, *shape), "u1"), SIZE) for shape in ((5, 5), (3, 5), (4, 5, 3))),
-    ("x_train", np.zeros((6, 1, 4, 5, 2), "u1"), r"images must be .*: \(6, 1, 4, 5, 2\)$"),
-    ("x_train", np.zeros((6, 0, 5), "u1"), r"images must be .*: \(6, 1, 0, 5\)$"),
-    ("x_train", np.zeros((6, 20), "u1"), r"images must be .*: \(6, 20\)$"),
-    *(("x_train", np.zeros(shape, "u1"), "images must be") for shape in ((0, 4, 5), 6)),
+    ("x_test", np.zeros((4, 20), "u1"), SIZE),
+    *(
+        ("x_train", np.zeros(shape, "u1"), SAMPLES + re.escape(str(shape)))
+        for shape in ((6, 1, 4, 5, 2), (6, 0, 5), (0, 4, 5), (6,), (6, 0), (0, 6), ())
+    ),
     *(("x_train", np.full((6, 4, 5), v), "images must be finite") for v in (np.nan, np.inf, 1e300)),
     *(("y_train", np.zeros(shape, "u1"), SHAPE + r"\(6,\)") for shape in (5, 0, (2, 3), (6, 2))),
     ("y_test", np.zeros(5, "u1"), SHAPE + r"\(4,\)"),
-    ("y_train", np.zeros(6, "?"), "labels must be whole numbers"),
-    ("y_train", np.full(6, 0.5, ">f4"), "labels must be whole numbers"),
+    ("y_train", np.zeros(6, "?"), re.escape(f"{WHOLE}bool; astype(int) makes them so")),
+    ("y_train", np.ones(6), re.escape(f"{WHOLE}float64; astype(int) makes them so")),
+    ("y_train", np.full(6, 0.5, ">f4"), re.escape(f"{WHOLE}float32; these scripts classify, they")),
+    ("y_test", np.full(4, np.nan), re.escape(f"{WHOLE}float64; these scripts classify, they")),
     ("y_train", np.full(6, -1, "i1"), "labels must be from 0"),
     ("y_train", np.full(6, 2**31), "labels must be from 0 to 2147483647"),
     ("y_train", np.full(6, 2**64 - 1, "u8"), "labels must be"),
@@ -305,7 +311,7 @@ MISFITS = [  # (part, another array in its place, what is said of it)
 @pytest.mark.parametrize(("part", "array", "message"), MISFITS)
 def test_data_that_do_not_fit_together_are_refused(tmp_path, part, array, message):
     np.savez(tmp_path / "data.npz", **{**four_parts(), part: array})
-    named = f"{part}: " if part.startswith("y") else ".*"
+    named = f"{part}: " if part.startswith("y") else "(x_test |x_train: )?"
     said = refusal(read_dataset, tmp_path / "data.npz")
     assert re.match(f"cannot be read: {named}{message}", said)
 
@@ -313,19 +319,108 @@ def test_data_that_do_not_fit_together_are_refused(tmp_path, part, array, messag
 def test_missing_parts_of_a_data_set_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: there is no such file or folder"):
         read_dataset(tmp_path / "nowhere")
-    words = "missing: train-images, train-labels, t10k-images, t10k-labels"
-    assert words in refusal(read_dataset, tmp_path)
-    write_folder(tmp_path)
-    os.remove(tmp_path / "t10k-labels-idx1-ubyte")
-    assert "missing: t10k-labels) or one .npz file, found 0" in refusal(read_dataset, tmp_path)
+    assert refusal(read_dataset, tmp_path) == f"{datasets.TAKES}; found nothing"
     for name in NAMES:
         parts = four_parts()
         del parts[name]
         np.savez(tmp_path / "a.npz", **parts)
-        words = f"cannot be read: expected {list(NAMES)}, found {sorted(parts)}"
-        assert refusal(read_dataset, tmp_path / "a.npz") == words
+        said = refusal(read_dataset, tmp_path / "a.npz")
+        assert said.startswith("cannot be read: expected x_train and y_train (or x and y), and")
+        assert said.endswith(f"; found {', '.join(sorted(parts))}")
     np.savez(tmp_path / "b.npz", x_train=np.ones(3))
-    assert "one .npz file, found 2 of these" in refusal(read_dataset, tmp_path)
+    assert refusal(read_dataset, tmp_path) == f"{datasets.TAKES}; found a.npz, b.npz"
+    write_folder(tmp_path)
+    (tmp_path / NAMES["y_test"]).unlink()
+    assert "ubyte: t10k-labels" in refusal(read_dataset, tmp_path)
+    (tmp_path / NAMES["x_train"]).unlink()
+    assert refusal(read_dataset, tmp_path).endswith(": train-images, t10k-labels")
+
+
+PART_OF = {  # name in a file: in the data set
+    "x": "x_train", "X": "x_train", "X_train": "x_train", "y": "y_train", "y_train": "y_train",
+    "x_val": "x_validation", "x_valid": "x_validation", "X_validation": "x_validation",
+    "y_val": "y_validation", "y_Valid": "y_validation", "Y_VALIDATION": "y_validation",
+}  # fmt: skip
+
+
+@given(names=st.sets(st.sampled_from(list(PART_OF))), more=st.booleans())
+def test_arrays_are_known_by_several_names(tmp_path_factory, names, more):
+    path = tmp_path_factory.mktemp("npz") / "a.NPZ"
+    arrays = {"x": four_parts()["x_train"], "y": np.arange(6)}
+    stored = {name: arrays[name[0].lower()] for name in names}
+    with open(path, "wb") as file:
+        np.savez(file, **stored, **({"names": np.arange(3)} if more else {}))
+    parts = [PART_OF[name] for name in names]
+    pairs = [{f"x_{part}", f"y_{part}"} <= {*parts} for part in ("train", "validation")]
+    if len({*parts}) < len(parts):
+        assert "are the same part of a data set: keep one" in refusal(read_dataset, path)
+    elif pairs[0] and len(parts) == 2 * sum(pairs):
+        assert set(read_dataset(path)) == {*parts}
+    else:
+        assert "expected x_train and y_train (or x and y)" in refusal(read_dataset, path)
+
+
+def test_files_of_training_images_alone_are_a_data_set(tmp_path):
+    write_folder(tmp_path)
+    expected = read_dataset(tmp_path)
+    for name in ("x_test", "y_test"):
+        (tmp_path / NAMES[name]).unlink()
+    (tmp_path / "notes").mkdir()
+    data, _ = datasets.load_data(str(tmp_path), None)
+    for name in ("x_train", "y_train"):
+        assert all_bytes(data[name]) == all_bytes(expected[name])
+    assert "x_test" not in data
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.csv", "x.txt", "x.pt", "x.zip", NAMES["x_train"]])
+def test_what_data_takes_is_said_of_any_other_file(tmp_path, name):
+    write_folder(tmp_path)
+    (tmp_path / name).touch()
+    assert refusal(read_dataset, tmp_path / name) == datasets.TAKES
+
+
+# --- features ---
+
+
+@pytest.mark.parametrize("kind", ["u1", "i8", "<f2", "f4", "f8", "?"])
+def test_features_are_read_as_they_are(tmp_path, kind):
+    features = np.arange(12).reshape(6, 2).astype(kind)
+    np.savez(tmp_path / "a.npz", x=features, y=np.arange(6)[:, None])
+    data = read_dataset(tmp_path / "a.npz")
+    assert all_bytes(data["x_train"]) == all_bytes(features.astype(float))
+    assert data["y_train"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 1e300])
+def test_features_that_are_not_finite_are_named(tmp_path, value):
+    features = np.ones((6, 3))
+    features[4, 1] = value
+    np.savez(tmp_path / "a.npz", x=features, y=np.arange(6))
+    said = refusal(read_dataset, tmp_path / "a.npz")
+    assert said.endswith(f"features must be finite, got {value} in row 4, column 1")
+
+
+@given(
+    scale=st.sampled_from([1e-30, 1e-6, 1.0, 0.1, 1e6, 1e30]),
+    offset=st.sampled_from([0.0, 0.1, 1.7e9]),
+    seed=st.integers(0, 99),
+)
+def test_features_of_any_unit_become_comparable(scale, offset, seed):
+    rng = np.random.default_rng(seed)
+    raw = rng.normal(size=(50, 2))
+    features = np.column_stack([raw * scale + offset, np.full(50, offset + scale)])
+    part = dict.fromkeys(("x_train", "x_validation", "x_test"), features)
+    data = datasets.prepare_features({**part, "x_test": features + scale})
+    x, mean, std = data["x_train"], data["feature_mean"], data["feature_std"]
+    assert (x.dtype, x.shape) == (np.float32, (50, 3))
+    if features[:, 0].std() > 1e-9 * np.abs(features).max():  # the unit is not below rounding
+        np.testing.assert_allclose(x[:, :2].mean(axis=0), 0, atol=1e-5)
+        np.testing.assert_allclose(x[:, :2].std(axis=0), 1, rtol=1e-5)
+    assert not x[:, 2].any()
+    assert std[2] == 1
+    again = datasets.standardize(features, mean, std)
+    assert all_bytes(again) == all_bytes(x) == all_bytes(data["x_validation"])
+    assert all_bytes(data["x_test"]) == all_bytes(datasets.standardize(features + scale, mean, std))
 
 
 @pytest.mark.parametrize("part", [*NAMES, "archive"])
@@ -415,9 +510,9 @@ def test_other_seeds_split_otherwise_and_no_more_is_taken_than_there_is():
     for name in ("y_train", "y_validation"):
         assert not np.array_equal(splits[0][name], splits[1][name])
     assert len(datasets.split_off(numbered(60_000), None, 0)["y_validation"]) == 5_000
-    with pytest.raises(ValueError, match="--validation 50 leaves none of the 50 images"):
+    with pytest.raises(ValueError, match="--validation 50 leaves none of the 50 samples"):
         datasets.split_off(numbered(50), 50, 5)
-    with pytest.raises(ValueError, match="--train-size 39 is too many: .* 50 images, 12 of them"):
+    with pytest.raises(ValueError, match="--train-size 39 is too many: .* 50 samples, 12 of them"):
         datasets.split_off(numbered(50), 12, 5, train_size=39)
 
 
@@ -434,6 +529,29 @@ def test_test_size_takes_some_test_images_or_where_there_are_none_training_image
         train, test = labels_of(datasets.choose_test(train_only, size), "train", "test")
         assert len(test) == expected
         assert sorted([*test, *train]) == list(range(50))
-    for data, size, words in ((both, 41, "40 test"), (train_only, 50, "50 train")):
-        with pytest.raises(ValueError, match=f"--test-size {size} exceeds the {words}"):
+    assert len(datasets.choose_test(numbered(4), None)["y_test"]) == 1
+    for data, size, words in (
+        (both, 41, "--test-size 41 exceeds the 40 test samples"),
+        (train_only, 50, "--test-size 50 leaves none of the 50 samples to train on"),
+        (numbered(1), None, "--test-size 1 leaves none of the 1 samples to train on"),
+    ):
+        with pytest.raises(ValueError, match=f"^{words}$"):
             datasets.choose_test(data, size)
+
+
+def test_validation_samples_of_ones_own_are_used_and_none_held_out():
+    data = numbered(50)
+    data |= {f"{kind}_validation": data[f"{kind}_train"][:20] + 50 for kind in "xy"}
+    for size, train_size in ((None, None), (0, 50), (7, 3), (20, None)):
+        parts = datasets.split_off(data, size, 5, train_size)
+        train, validation = labels_of(parts, "train", "validation")
+        assert (
+            len(validation) == len({*validation} & {*range(50, 70)}) == (20, size)[size is not None]
+        )
+        assert len(train) == len({*train} & {*range(50)}) == (train_size or 50)
+        other = datasets.split_off(data, size, 6, train_size)
+        assert labels_of(other, "validation") == [validation]  # the same for every seed
+    with pytest.raises(ValueError, match="--validation 21 exceeds the 20 validation samples"):
+        datasets.split_off(data, 21, 5)
+    with pytest.raises(ValueError, match="--train-size 51 .* 50 samples, 0 of them held out"):
+        datasets.split_off(data, None, 5, train_size=51)

@@ -43,16 +43,44 @@ def read(folder):
 
 
 @pytest.mark.usefixtures("image_module")
-def test_folders_of_images_are_read_as_they_are(tmp_path):
-    write_images(tmp_path / "train", classes=("x", "y"))
-    write_images(tmp_path / "test", classes=("x", "y"), count=2, modes=("RGB",), suffix="bmp")
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Train", "VALID"), ("train", "TEST")])
+def test_folders_of_images_are_read_as_they_are(tmp_path, names):
+    write_images(tmp_path / names[0], classes=("x y", "\u00fc"))
+    for name in names[1:]:
+        write_images(tmp_path / name, classes=("x y", "\u00fc"), count=2, suffix="BMP")
+    (tmp_path / "notes").mkdir()
     data = read(tmp_path)
-    assert data["classes"].tolist() == ["x", "y"]
+    assert data["classes"].tolist() == ["x y", "\u00fc"]
+    parts = {"val": "validation", "valid": "validation"}
+    assert [name[2:] for name in data if name[0] == "x"] == [
+        parts.get(name.lower(), name.lower()) for name in names
+    ]
     assert (data["x_train"].shape, data["x_train"].dtype) == ((8, 1, 9, 6), np.float32)
     np.testing.assert_array_equal(data["y_train"], [0, 0, 0, 0, 1, 1, 1, 1])
     levels = [40, 41, 42, 43, 200, 201, 202, 203]
     np.testing.assert_allclose(data["x_train"][:, 0, 4, 2], np.array(levels) / 255, atol=1e-6)
-    assert data["x_test"].shape == (4, 3, 9, 6)
+    for part in [name[2:] for name in data if name[0] == "x"][1:]:
+        expected = np.array([40, 41, 200, 201]) / 255
+        np.testing.assert_allclose(data[f"x_{part}"][:, 0, 4, 2], expected, atol=1e-6)
+        np.testing.assert_array_equal(data[f"y_{part}"], [0, 0, 1, 1])
+
+
+@pytest.mark.usefixtures("image_module")
+def test_parts_of_other_colors_and_sizes_are_brought_together(tmp_path):
+    write_images(tmp_path / "train")
+    write_images(tmp_path / "test", modes=("RGB",), count=2)
+    data = read(tmp_path)
+    assert (data["x_train"].shape, data["x_test"].shape) == ((8, 3, 9, 6), (4, 3, 9, 6))
+    np.testing.assert_allclose(data["x_train"][7], 203 / 255, atol=1e-6)
+    write_images(tmp_path / "val", sizes=((9, 7),))
+    with pytest.raises(ValueError, match=r"val/a/0\.png: images of 6x9 and 7x9 pixels; --size"):
+        read(tmp_path)
+
+
+@pytest.mark.usefixtures("image_module")
+def test_a_class_may_be_called_train(tmp_path):
+    write_images(tmp_path, classes=("bus", "test", "train"))
+    assert read(tmp_path)["classes"].tolist() == ["bus", "test", "train"]
 
 
 @pytest.mark.usefixtures("image_module")
@@ -67,20 +95,36 @@ def test_images_of_other_sizes_and_modes_are_brought_together(tmp_path):
 
 
 def test_folders_that_are_no_data_set_say_why(tmp_path, image_module):
-    (tmp_path / "lone" / "test").mkdir(parents=True)
-    write_images(tmp_path / "differ" / "train")
-    write_images(tmp_path / "differ" / "test", classes="ac")
+    write_images(tmp_path / "lone" / "test")
+    write_images(tmp_path / "twice" / "val")
+    (tmp_path / "twice" / "validation").mkdir()
+    for name, classes in (("fewer", "a"), ("more", "abcdefghi")):
+        write_images(tmp_path / name / "train")
+        write_images(tmp_path / name / "test", classes=classes)
     write_images(tmp_path / "damaged")
     (tmp_path / "damaged" / "b" / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing more")
     write_images(tmp_path / "deep")
     image_module.new("I", (6, 9)).save(tmp_path / "deep" / "b" / "1.tif")
     write_images(tmp_path / "none", count=0)
+    write_images(tmp_path / "others", suffix="png")
+    (tmp_path / "others" / "a" / ".DS_Store").touch()
+    for path in (tmp_path / "others" / "a").glob("*.png"):
+        path.rename(path.with_suffix(".heic"))
+    write_images(tmp_path / "nested" / "images")
     for name, path, words in (
         ("lone", "lone", "there is a folder test, but none called train"),
-        ("differ", "differ/test", "expected a folder for each of a, b"),
+        ("twice", "twice", "val and validation are the same part of a data set: keep one"),
+        ("fewer", "fewer/test", f"expected the same classes as in {tmp_path}/fewer/train; .* b$"),
+        ("more", "more/train", f"expected .* as in {tmp_path}/more/test; .* c, d, e, f, g and 2 m"),
+        ("others", "others/a", r"there is no image in this folder, only 0\.heic, 1\.h.*, 3\.heic$"),
+        (
+            "nested",
+            "nested/images",
+            "there is no image .*, only a, b; --data takes the folder righ",
+        ),
         ("damaged", "damaged/b/2.png", "cannot be read as an image: "),
         ("deep", "deep/b/1.tif", "cannot be read as an image: its pixels are of mode I"),
-        ("none", "none/a", "there is no image in this folder"),
+        ("none", "none/a", "there is no image in this folder$"),
     ):
         with pytest.raises(ValueError, match=f"^{tmp_path / path}: {words}"):
             read(tmp_path / name)

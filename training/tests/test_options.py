@@ -1,7 +1,10 @@
 """Options: one frozen record with every default, and the command line that follows from it."""
 
+import contextlib
 import dataclasses
+import io
 import itertools
+import re
 import types
 import typing
 
@@ -18,6 +21,7 @@ from training.command_line import (
     as_arguments,
     chosen_values,
     count,
+    flag_of,
     format_command,
     new_parser,
     options_of,
@@ -173,6 +177,90 @@ def test_impossible_values_are_refused(flag, value, capsys):
     errors = capsys.readouterr().err
     assert f"argument {flag}: " in errors
     assert errors.count("\n") == 1
+
+
+EVERY_OPTION = [
+    (record, flag_of(name), about)
+    for record, others in ((MLPOptions, {}), (CNNOptions, options_of(MLPOptions)))
+    for name, about in options_of(record).items()
+    if name not in others
+]
+NO_VALUES = ["x", "-1", "nan", "1.5", "2", "blur=1"]  # each kind refuses some of them
+IGNORED = "ignored explicit argument '1'"
+PARSERS = {record: new_parser(record, "") for record in (MLPOptions, CNNOptions)}
+
+
+def error_of(record, *arguments):
+    """What is said, in one line and with exit code 2, of what is not taken; None if it is."""
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            parse(record, PARSERS[record], arguments)
+        except SystemExit as stopped:
+            assert stopped.code == 2
+            (line,) = errors.getvalue().splitlines()
+            return line.partition(": error: ")[2]
+    return None
+
+
+def test_every_field_is_an_option():
+    for record in (MLPOptions, CNNOptions):
+        fields = {known.name for known in dataclasses.fields(record)}
+        assert fields - options_of(record).keys() <= {"task"}  # what no other script has
+
+
+@pytest.mark.parametrize("option", EVERY_OPTION, ids=lambda option: option[1])
+def test_every_option_says_which_value_is_wrong(option):
+    record, flag, about = option
+    if isinstance(about.default, bool):
+        assert error_of(record, f"{flag}=1") == f"argument {shown(flag, about)}: " + IGNORED
+        return
+    if about.argument.get("nargs", "+") == "+":
+        assert re.fullmatch(f"argument {flag}: expected .* argument", error_of(record, flag))
+    errors = {value: error_of(record, f"{flag}={value}") for value in NO_VALUES}
+    refused = {value: error for value, error in errors.items() if error is not None}
+    assert bool(refused) == bool(about.argument.keys() & {"type", "choices"})
+    for value, error in refused.items():
+        assert error.startswith(f"argument {flag}: ")
+        assert repr(value) in error or error.endswith(f" {value}")
+
+
+def shown(flag, about):
+    """An option as argparse calls it: --center, or --batch-norm/--no-batch-norm."""
+    return f"{flag}/--no-{flag[2:]}" if about.default is True else flag
+
+
+@given(option=st.sampled_from(EVERY_OPTION), text=st.text() | st.floats().map(str))
+def test_whatever_is_typed_is_taken_or_refused_in_one_line(option, text):
+    record, flag, about = option
+    error = error_of(record, f"{flag}={text}")
+    assert error is None or error.startswith(f"argument {shown(flag, about)}: ")
+    assert error is not None or not isinstance(about.default, bool)
+
+
+@pytest.mark.parametrize("option", EVERY_OPTION, ids=lambda option: option[1])
+def test_the_option_that_was_meant_is_named(option):
+    record, flag, _ = option
+    for typed in (flag[:-1], f"--{flag[2:].replace('-', '_')}"):
+        error = error_of(record, f"{typed}=1")
+        if typed != flag:
+            assert error.startswith(f"there is no option {typed}=1; did you mean ")
+            assert flag in re.split(" or |[ ?]", error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ("--epocs 3", "there is no option --epocs; did you mean --epochs?"),
+        ("-lr 3", "there is no option -lr; did you mean --lr?"),
+        ("--no-batchnorm", "there is no option --no-batchnorm; did you mean --no-batch-norm?"),
+        ("--gpu", "there is no option --gpu"),
+        ("mine.npz", "unexpected argument mine.npz"),
+        ("--seed 3 4", "unexpected argument 4"),
+        ("--task sine --gpu", "there is no option --gpu"),
+    ],
+)
+def test_what_is_no_option_is_named(arguments, error):
+    assert error_of(MLPOptions, *arguments.split()) == error
 
 
 CONTRADICTIONS = [  # arguments, and the whole message or its beginning

@@ -83,7 +83,7 @@ def test_the_confusion_counts_who_was_taken_for_whom(drawn, tmp_path, classes):
     wrong = np.zeros((classes, classes))
     wrong[0, 1] = wrong[1, 0] = 1
     np.testing.assert_array_equal(panel.images[0].get_array(), wrong)
-    assert panel.get_title() == "test images, accuracy 60.00%"
+    assert panel.get_title() == "test accuracy 60.00%"
     texts = {text.get_position(): text.get_text() for text in panel.texts}
     if classes > 200:  # nothing that is too small to be read
         assert not texts

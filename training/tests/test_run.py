@@ -165,6 +165,54 @@ def test_a_folder_for_each_class_is_a_data_set(tmp_path, capsys):
     assert checkpoints.read_run(str(tmp_path / "run")).classes == ["a", "b"]
 
 
+def test_a_folder_of_ones_own_for_validation(tmp_path, capsys):
+    image_module = pytest.importorskip("PIL.Image", reason="image files need Pillow")
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        for number in range(10):
+            image_module.new("L", (6, 9), 100 * (name[-1] == "b")).save(folder / f"{number}.png")
+    for options, validation in (((), 20), (("--validation", "3"), 3), (("--validation", "0"), 0)):
+        assert train_on(str(tmp_path), "--epochs", "1", *options) == 0
+        words = f": 16 training, {validation} validation and 4 test images of 1x9x6, 2 classes"
+        assert words in capsys.readouterr().out.splitlines()[0]
+
+
+@pytest.fixture
+def table(tmp_path):
+    """An .npz of two features in units of their own, and the classes that they tell apart."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 300)
+    x = np.stack([rng.normal(size=300) * 1e-6, 1.7e9 + 40.0 * y + rng.normal(size=300)], axis=1)
+    np.savez(tmp_path / "table.npz", x=x, y=y)
+    return tmp_path / "table.npz"
+
+
+def test_features_of_any_unit_are_learned(table, tmp_path, capsys):
+    assert train_on(str(table), "--epochs", "8", "--out", tmp_path / "run") == 0
+    first, *_, last = capsys.readouterr().out.splitlines()
+    words = "216 training, 24 validation and 60 test samples of 2 features, 2 classes; 50 para"
+    assert first.startswith(f"{table}: {words}")
+    assert float(LAST_LINE.fullmatch(last)[1]) > 0.95
+    found = checkpoints.read_run(str(tmp_path / "run"))
+    assert (found.sample_shape, found.classes, found.pixel_range) == ([2], ["0", "1"], None)
+    data = mlp_experiment(str(table)).data
+    raw = datasets.choose_test(datasets.read_dataset(table), None)["x_test"]
+    own = datasets.standardize(raw, np.array(found.feature_mean), np.array(found.feature_std))
+    np.testing.assert_array_equal(own, data["x_test"])
+
+
+def test_what_is_for_images_alone_is_refused_for_features(table, capsys):
+    what = f"{table} holds tabular data (2 features a sample)"
+    for options in ("--size 8", "--center", "--augment", "--augment shift=1"):
+        assert train_on(str(table), *options.split()) == 2
+        flag = options.split()[0]
+        assert capsys.readouterr().err.endswith(f": error: {what}, and {flag} is for images\n")
+    assert train_cnn_on(str(table)) == 2
+    words = f"{what}, but this script takes images; train_mlp.py takes both"
+    assert capsys.readouterr().err.endswith(f": error: {words}\n")
+
+
 def test_images_without_pillow_say_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "PIL", None)
     (tmp_path / "a").mkdir()
@@ -176,7 +224,8 @@ def test_images_without_pillow_say_what_to_install(tmp_path, monkeypatch, capsys
 
 MISTAKES = {  # arguments: what is said
     "--data nowhere": "nowhere: there is no such file",
-    "--data empty": "empty: expected IDX files",
+    "--data empty": "empty: --data takes a folder with",
+    "--data picture.png": "picture.png: --data takes a folder with",
     "--data damaged.npz": "damaged.npz: cannot be read",
     "--validation 200": "--validation 200 leaves none of the 200",
     "--train-size 181": "--train-size 181 is too many",
@@ -201,6 +250,7 @@ def test_a_mistake_is_answered_with_one_line_and_exit_2(
 ):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("empty").mkdir()
+    pathlib.Path("picture.png").touch()
     pathlib.Path("damaged.npz").write_bytes(b"PK\x03\x04 and nothing more")
     assert train_on(blob_file, *arguments.split()) == 2
     errors = capsys.readouterr().err

@@ -150,6 +150,14 @@ def test_the_mlp_fits_a_curve(tmp_path, capsys):
 MISTAKES = {"curves.png", "confusion.png", "mistakes.png"}
 
 
+def features_on(data, *arguments):
+    """The exit code of train_mlp.py on the mean brightness of images."""
+    arrays = np.load(data)
+    path = os.path.join(arguments[-1], "features.npz")
+    np.savez(path, x=arrays["x_train"].mean(axis=(1, 2)), y=arrays["y_train"])
+    return train_on(path, *arguments)
+
+
 def sine_on(_, *arguments):
     """The exit code of train_mlp.py on a curve."""
     return train_mlp.main(["--task", "sine", "--hidden", "4", *arguments])
@@ -163,6 +171,7 @@ def sine_on(_, *arguments):
         (train_cnn_on, [], {*MISTAKES, "kernels.png", "features.png"}),
         (train_cnn_on, ["--channels"], {*MISTAKES, "features.png"}),
         (sine_on, [], {"curves.png", "fit.png"}),
+        (features_on, [], {"curves.png", "confusion.png"}),
     ],
 )
 def test_a_script_draws_its_pictures(start, options, own, blob_file, tmp_path, drawn):
@@ -210,9 +219,16 @@ def test_commands_of_the_readmes_have_options_that_exist():
         check_command(command)
 
 
-def test_the_script_of_the_readme_builds_a_network():
-    (block,) = re.findall(r"^```python\n(.*?)^```", READMES[1].read_text("utf-8"), re.M | re.S)
-    exec(compile(block, "training/README.md", "exec"), namespace := {"__name__": "readme"})
+def test_the_code_of_the_readme_makes_a_data_set_and_builds_a_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = "1,2.5,large rose\n3,-4e3,iris\n" * 9
+    (tmp_path / "flowers.csv").write_text(f"length,width,kind\n{rows}")
+    text, namespace = READMES[1].read_text("utf-8"), {"__name__": "readme"}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+        exec(compile(block, "training/README.md", "exec"), namespace)
+    data, _ = datasets.load_data("flowers.npz", None)
+    assert data["x_train"][:2].tolist() == [[1, 2.5], [3, -4000]]
+    assert data["y_train"][:2].tolist() == [1, 0]
     net = namespace["build"](train_mlp.MLPOptions(hidden=(3,)), 10)
     assert net.init(0, (1, 28, 28))[1] == (10,)
 

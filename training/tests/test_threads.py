@@ -36,8 +36,7 @@ def seen_by(script, *arguments, environment=None):
         ("mine.py", "threads", "--shards 2", True),
         ("-c", "threads", "--workers=1", True),
         ("mine.py", "threads", "--mpi", True),
-        ("mine.py", "threads", "--wo 2", True),  # argparse takes it too
-        ("mine.py", "threads", "--words 2 --show", False),
+        ("mine.py", "threads", "--wo 2 --words 2 --show", False),
     ],
 )
 def test_a_script_of_any_name_gets_one_thread_where_it_has_workers(
