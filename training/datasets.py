@@ -31,6 +31,7 @@ from training.terminal import ProgressLine
 Dataset = dict[str, np.ndarray]
 DEFAULT_FOLDER = os.path.join("data", "mnist")
 RATIO = 200  # a data set unpacks to so many times its size at most; binary MNIST in float64: 124
+MAX_CLASSES = 1_000_000  # labels beyond are no class numbers, but take memory as if they were
 IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 IDX_FILES = {  # array: how the name of its file begins
     "x_train": "train-images",
@@ -114,7 +115,8 @@ def read_parts(path: str) -> Dataset:
     missing = [IDX_FILES[name] for name in missing_arrays(found)]
     if not found or missing:
         beside = f"missing beside {list_names(found.values())}: {', '.join(missing)}"
-        raise ValueError(f"{path}: {beside if found else f'{TAKES}; found {list_names(names)}'}")
+        others = f"{TAKES}; found {list_names(archives or names)}"
+        raise ValueError(f"{path}: {beside if found else others}")
     return {part: read_idx(os.path.join(path, name)) for part, name in found.items()}
 
 
@@ -162,7 +164,9 @@ def as_labels(name: str, labels: np.ndarray, count: int, classes: int) -> np.nda
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.shape != (count,):
-        raise ValueError(f"{name}: labels must have shape ({count},), got {labels.shape}")
+        rows = labels.ndim == 2 and len(labels) == count
+        advice = "; argmax(axis=1) makes class numbers of one-hot rows" if rows else ""
+        raise ValueError(f"{name}: labels must have shape ({count},), got {labels.shape}{advice}")
     if labels.dtype.kind not in "iu":
         whole = np.array_equal(labels, np.round(labels))
         advice = (
@@ -187,11 +191,11 @@ def read_dataset(path: str | os.PathLike[str]) -> Dataset:
     """
     path = as_path("read_dataset", path)
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: there is no such file or folder")
+        raise FileNotFoundError(f"{path or repr(path)}: there is no such file or folder")
     parts = read_parts(path)
     with blame(path):
         data: Dataset = {}
-        classes = 2**31  # what is beyond is damage, and might not fit in int64
+        classes = MAX_CLASSES
         for part in PARTS:
             x, y = f"x_{part}", f"y_{part}"
             if x not in parts:

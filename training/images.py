@@ -126,21 +126,34 @@ def read_image(path: str, size: int | None) -> np.ndarray:
     return scaled if size is None else resize(scaled[None], size)[0]
 
 
+def empty_stack(count: int, image: np.ndarray) -> np.ndarray:
+    """Room for so many images; asked for before they are read, for that may take long."""
+    try:
+        return np.empty((count, *image.shape), np.float32)
+    except MemoryError:
+        pixels = f"{image.shape[2]}x{image.shape[1]}"
+        raise MemoryError(
+            f"{count:,} images of {pixels} pixels do not fit in memory; --size N makes them smaller"
+        ) from None
+
+
 def stack_images(paths: list[str], size: int | None) -> np.ndarray:
     """(N, C, H, W) of image files of one size; gray ones get three channels among colored ones."""
-    images: list[np.ndarray] = []
+    images = empty_stack(len(paths), read_image(paths[0], size))
     line = ProgressLine()
     try:
-        for path in paths:
-            line.show(f"reading images: {len(images):,} of {len(paths):,}")
-            images.append(read_image(path, size))
-            if images[-1].shape[1:] != images[0].shape[1:]:
-                sizes = " and ".join(f"{i.shape[2]}x{i.shape[1]}" for i in (images[0], images[-1]))
+        for number, path in enumerate(paths):
+            line.show(f"reading images: {number:,} of {len(paths):,}")
+            image = read_image(path, size)
+            if image.shape[1:] != images.shape[2:]:
+                sizes = " and ".join(f"{i.shape[-1]}x{i.shape[-2]}" for i in (images, image))
                 raise ValueError(f"{path}: images of {sizes} pixels; --size makes them the same")
+            if len(image) > images.shape[1]:
+                images = np.repeat(images, len(image), axis=1)
+            images[number] = image
     finally:
         line.end()
-    channels = max(len(image) for image in images)
-    return np.stack([np.broadcast_to(image, (channels, *image.shape[1:])) for image in images])
+    return images
 
 
 def list_images(folder: str) -> list[str]:

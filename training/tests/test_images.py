@@ -130,6 +130,14 @@ def test_folders_that_are_no_data_set_say_why(tmp_path, image_module):
             read(tmp_path / name)
 
 
+def test_images_that_do_not_fit_in_memory_are_refused_before_they_are_read(monkeypatch):
+    image = np.broadcast_to(np.float32(0), (3, 10**8, 10**8))
+    monkeypatch.setattr(images, "read_image", lambda path, size: image)
+    words = "^2 images of 100000000x100000000 pixels do not fit in memory; --size N makes them smal"
+    with pytest.raises(MemoryError, match=words):
+        images.stack_images(["a", "b"], None)
+
+
 # --- files ---
 
 
