@@ -152,7 +152,7 @@ def stack_images(paths: list[str], size: int | None) -> np.ndarray:
                 images = np.repeat(images, len(image), axis=1)
             images[number] = image
     finally:
-        line.end()
+        line.clear()
     return images
 
 

@@ -24,6 +24,12 @@ class ProgressLine:
             print("\r" + text.ljust(self.length), end="", flush=True)
             self.length, self.due = len(text), time.monotonic() + 0.1
 
+    def clear(self) -> None:
+        """Take the line away; in a file or a pipe there is none."""
+        if self.length:
+            print("\r" + " " * self.length, end="\r", flush=True)
+        self.length = 0
+
     def end(self, text: str = "") -> None:
         """Replace the line for good; in a file or a pipe this is all that is printed."""
         if self.length or text:

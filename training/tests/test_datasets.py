@@ -552,6 +552,8 @@ def test_validation_samples_of_ones_own_are_used_and_none_held_out():
         assert len(train) == len({*train} & {*range(50)}) == (train_size or 50)
         other = datasets.split_off(data, size, 6, train_size)
         assert labels_of(other, "validation") == [validation]  # the same for every seed
+        fewer = datasets.split_off(data, len(validation) // 2, 5)
+        assert {*fewer["y_validation"]} <= {*validation}
     with pytest.raises(ValueError, match="--validation 21 exceeds the 20 validation samples"):
         datasets.split_off(data, 21, 5)
     with pytest.raises(ValueError, match="--train-size 51 .* 50 samples, 0 of them held out"):

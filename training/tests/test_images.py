@@ -1,7 +1,9 @@
 """Images: files, folders of them, and another size."""
 
+import io
 import os
 import pathlib
+import re
 import struct
 import warnings
 import zlib
@@ -128,6 +130,16 @@ def test_folders_that_are_no_data_set_say_why(tmp_path, image_module):
     ):
         with pytest.raises(ValueError, match=f"^{tmp_path / path}: {words}"):
             read(tmp_path / name)
+
+
+def test_how_many_were_read_is_shown_on_a_terminal_alone(tmp_path, image_module, monkeypatch):
+    write_images(tmp_path)
+    for moves, expected in ((True, "\rreading images: 0 of 8\r" + " " * 22 + "\r"), (False, "")):
+        out = io.StringIO()
+        out.isatty = lambda moves=moves: moves
+        monkeypatch.setattr("sys.stdout", out)
+        read(tmp_path)
+        assert re.sub("reading images: [1-8] of 8\r", "", out.getvalue()) == expected
 
 
 def test_images_that_do_not_fit_in_memory_are_refused_before_they_are_read(monkeypatch):
