@@ -40,12 +40,12 @@ IDX_FILES = {  # array: how the name of its file begins
     "y_test": "t10k-labels",
 }
 ARRAYS = {  # array: what it may be called in an .npz
-    f"{kind}_{part}": [*(f"{kind}_{name}" for name in called), *([kind] if part == "train" else [])]
+    f"{kind}_{part}": [f"{kind}_{name}" for name in called] + [kind] * (part == "train")
     for part, called in PARTS.items()
     for kind in "xy"
 }
 TAKES = (
-    "--data takes a folder with MNIST-style IDX files, one with a sub-folder of images for each"
+    "--data takes a folder of MNIST-style IDX files, a folder with a sub-folder of images for each"
     " class, or an .npz file, as numpy.savez('data.npz', x=x, y=y) writes it"
 )
 
@@ -112,11 +112,11 @@ def read_parts(path: str) -> Dataset:
     archives = [name for name in names if name.endswith(".npz")]
     if len(archives) == 1 and len(found) < len(IDX_FILES):
         return read_archive(os.path.join(path, archives[0]))
-    missing = [IDX_FILES[name] for name in missing_arrays(found)]
-    if not found or missing:
-        beside = f"missing beside {list_names(found.values())}: {', '.join(missing)}"
-        others = f"{TAKES}; found {list_names(archives or names)}"
-        raise ValueError(f"{path}: {beside if found else others}")
+    if not found:
+        raise ValueError(f"{path}: {TAKES}; found {list_names(archives or names)}")
+    missing = ", ".join(IDX_FILES[name] for name in missing_arrays(found))
+    if missing:
+        raise ValueError(f"{path}: missing beside {list_names(found.values())}: {missing}")
     return {part: read_idx(os.path.join(path, name)) for part, name in found.items()}
 
 

@@ -225,8 +225,8 @@ def test_images_without_pillow_say_what_to_install(tmp_path, monkeypatch, capsys
 MISTAKES = {  # arguments: what is said
     "--data nowhere": "nowhere: there is no such file",
     "--data=": "'': there is no such file or folder",
-    "--data empty": "empty: --data takes a folder with",
-    "--data picture.png": "picture.png: --data takes a folder with",
+    "--data empty": "empty: --data takes a folder of",
+    "--data picture.png": "picture.png: --data takes a folder of",
     "--data damaged.npz": "damaged.npz: cannot be read",
     "--validation 200": "--validation 200 leaves none of the 200",
     "--train-size 181": "--train-size 181 is too many",
