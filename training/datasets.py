@@ -13,6 +13,7 @@ from collections.abc import Collection
 from functools import partial
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 import purenn as nn
 from training import mnist
@@ -346,10 +347,10 @@ def split_off(data: Dataset, size: int | None, seed: int, train_size: int | None
     return parts
 
 
-def standardize(features: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+def standardize(features: np.ndarray, mean: ArrayLike, std: ArrayLike) -> np.ndarray:
     """Features as the network takes them: (features - mean) / std, in float32."""
     with np.errstate(over="ignore"):
-        return ((features - mean) / std).astype(np.float32)
+        return ((features - np.asarray(mean)) / np.asarray(std)).astype(np.float32)
 
 
 def prepare_features(data: Dataset) -> Dataset:

@@ -198,7 +198,7 @@ def test_features_of_any_unit_are_learned(table, tmp_path, capsys):
     assert (found.sample_shape, found.classes, found.pixel_range) == ([2], ["0", "1"], None)
     data = mlp_experiment(str(table)).data
     raw = datasets.choose_test(datasets.read_dataset(table), None)["x_test"]
-    own = datasets.standardize(raw, np.array(found.feature_mean), np.array(found.feature_std))
+    own = datasets.standardize(raw, found.feature_mean, found.feature_std)
     np.testing.assert_array_equal(own, data["x_test"])
 
 
