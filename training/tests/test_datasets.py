@@ -243,8 +243,9 @@ def test_a_folder_of_idx_files_or_with_an_archive_is_a_data_set(tmp_path, write)
         assert all_bytes(read_dataset(tmp_path / "a.npz")) == all_bytes(data)
 
 
-def test_a_plain_file_is_preferred_to_a_packed_one(tmp_path):
+def test_a_plain_file_is_preferred_to_a_packed_one_and_these_to_an_archive(tmp_path):
     write_folder(tmp_path)
+    (tmp_path / "a.npz").write_bytes(b"damaged")
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"damaged")
     assert read_dataset(tmp_path)["y_train"].tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -329,6 +330,7 @@ def test_missing_parts_of_a_data_set_are_named(tmp_path):
         assert said.startswith("cannot be read: expected x_train and y_train (or x and y), and")
         assert said.endswith(f"; found {', '.join(sorted(parts))}")
     np.savez(tmp_path / "b.npz", x_train=np.ones(3))
+    (tmp_path / "notes.txt").touch()
     assert refusal(read_dataset, tmp_path) == f"{datasets.TAKES}; found a.npz, b.npz"
     write_folder(tmp_path)
     (tmp_path / NAMES["y_test"]).unlink()
