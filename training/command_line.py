@@ -170,7 +170,7 @@ def similar_flags(record: type[Any], argument: str) -> list[str]:
     flags = ["--help", "--version"]
     for name, about in options_of(record).items():
         flags += [flag_of(name), *([f"--no-{flag_of(name)[2:]}"] if about.default is True else [])]
-    wanted = argument.partition("=")[0].replace("_", "-")
+    wanted = argument.partition("=")[0]
     longer = [flag for flag in flags if len(wanted) > 2 and flag.startswith(wanted)]
     return longer or difflib.get_close_matches(wanted, flags, 1, 0.75)
 

@@ -247,6 +247,10 @@ def test_the_option_that_was_meant_is_named(option):
             assert flag in re.split(" or |[ ?]", error)
 
 
+def test_an_argument_of_two_lines_is_named_in_one():
+    assert error_of(MLPOptions, "a\n b") == "unexpected argument a b"
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
