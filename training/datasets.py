@@ -234,6 +234,16 @@ def data_files(folder: str) -> list[str]:
     return [n for n in names if "-idx" in n or ".idx" in n or n.endswith(".npz")]
 
 
+def holds_arrays(folder: str) -> bool:
+    """Whether a folder is read for its IDX files or its one .npz, not for images in sub-folders.
+
+    Of several .npz, as a run leaves them in the folder of --out, none is a data set.
+    """
+    names = data_files(folder)
+    archives = sum(name.endswith(".npz") for name in names)
+    return len(names) > archives or archives == 1
+
+
 def has_mnist(folder: str) -> bool:
     """Whether a download into a folder was finished, or another data set stands there."""
     names = data_files(folder)
@@ -271,7 +281,7 @@ def load_data(source: str | None, size: int | None) -> tuple[Dataset, str]:
 
     Images of a folder of image files are resized to `size` while they are read.
     """
-    if source is not None and sub_folders(source) and not data_files(source):
+    if source is not None and sub_folders(source) and not holds_arrays(source):
         return read_image_folders(source, size), source
     if source is None:
         source = find_mnist()

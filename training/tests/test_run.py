@@ -159,6 +159,8 @@ def test_a_folder_for_each_class_is_a_data_set(tmp_path, capsys):
         for number, image in enumerate(images):
             image_module.fromarray(image).save(folder / f"{number}.png")
     data = str(tmp_path / "data")
+    assert train_on(data, "--epochs", "1", "--out", data) == 0  # it is one afterwards as well
+    capsys.readouterr()
     assert train_on(data, "--epochs", "1", "--out", tmp_path / "run") == 0
     lines = capsys.readouterr().out.splitlines()
     assert "44 training, 4 validation and 12 test images of 1x9x6, 2 classes" in lines[0]
