@@ -26,6 +26,7 @@ from training.images import (
     read_image_folders,
     resize,
     sub_folders,
+    visible_names,
 )
 from training.terminal import ProgressLine
 
@@ -104,7 +105,7 @@ def read_parts(path: str) -> Dataset:
         if not path.lower().endswith(".npz"):
             raise ValueError(f"{path}: {TAKES}")
         return read_archive(path)
-    names = sorted(os.listdir(path))
+    names = visible_names(path)
     found: dict[str, str] = {}
     for part, start in IDX_FILES.items():
         files = [name for name in names if name.startswith(start) and "idx" in name]
@@ -230,7 +231,7 @@ def sine(train: int = 4_000, test: int = 1_000) -> Dataset:
 
 def data_files(folder: str) -> list[str]:
     """The names of the IDX and .npz files in a folder; none where it is not a folder."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
+    names = visible_names(folder) if os.path.isdir(folder) else []
     return [n for n in names if "-idx" in n or ".idx" in n or n.endswith(".npz")]
 
 

@@ -156,15 +156,16 @@ def stack_images(paths: list[str], size: int | None) -> np.ndarray:
     return images
 
 
+def visible_names(folder: str) -> list[str]:
+    """The names in a folder, sorted, but not the hidden ones, as .DS_Store and ._data.npz."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+
+
 def list_images(folder: str) -> list[str]:
     """The paths of the image files in a folder, sorted."""
     suffixes = image_suffixes(folder)
-    names = sorted(os.listdir(folder))
-    return [
-        os.path.join(folder, name)
-        for name in names
-        if name.lower().endswith(suffixes) and not name.startswith(".")
-    ]
+    names = [name for name in visible_names(folder) if name.lower().endswith(suffixes)]
+    return [os.path.join(folder, name) for name in names]
 
 
 def list_names(names: Iterable[str]) -> str:
@@ -224,7 +225,7 @@ def list_class(folder: str) -> list[str]:
     if paths:
         return paths
     inside = sub_folders(folder)
-    found = [name for name in os.listdir(folder) if not name.startswith(".")]
+    found = visible_names(folder)
     reason = f", only {list_names(found)}" if found else ""
     if inside:
         reason += "; --data takes the folder right above those of the classes"

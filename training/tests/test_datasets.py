@@ -233,6 +233,7 @@ def read_archive(tmp_path, **changed):
 def test_a_folder_of_idx_files_or_with_an_archive_is_a_data_set(tmp_path, write):
     write(tmp_path)
     (tmp_path / "notes.txt").write_text("not data")
+    (tmp_path / "._a.npz").write_text("what macOS leaves")
     data, parts = read_dataset(str(tmp_path)), four_parts()
     assert list(data) == ["x_train", "y_train", "x_test", "y_test"]
     for part in ("train", "test"):
