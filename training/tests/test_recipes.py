@@ -200,3 +200,18 @@ def test_class_weights_find_more_of_a_rare_class(digits, tmp_path, monkeypatch, 
     assert len(set(index)) == 1_000 == 100 * np.sum(labels[index] == 3)
     logits = np.eye(3)[[0, 1, 1, 2, 0]]
     np.testing.assert_array_equal(module.recalls(logits, np.array([0, 0, 1, 2, 2])), [0.5, 1, 0.5])
+
+
+# --- README.md ---
+
+
+def test_blocks_of_the_readme_run_one_after_the_other():
+    text = (REPOSITORY / "benchmarks" / "recipes" / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    namespace = {"__name__": "readme"}
+    exec(compile("\n".join(blocks), "benchmarks/recipes/README.md", "exec"), namespace)
+    whole = namespace["gradients"](namespace["params"], namespace["x"], namespace["labels"])[1]
+    for name, gradient in nn.tree_flatten(namespace["grads"]).items():  # accumulated
+        np.testing.assert_allclose(gradient, nn.tree_flatten(whole)[name], atol=1e-6)
+    assert namespace["best"][0] < np.inf
+    assert not namespace["finished"]
