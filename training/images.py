@@ -20,6 +20,7 @@ PARTS = {  # of a data set, and what each may be called, as a folder or in a fil
     "test": ("test",),
 }
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others may run programs
+DEEP = (("I", "PNG"), ("I", "PPM"))  # modes of 16 bits, and those that are called I;16
 
 
 def overlaps(length: int, pixels: int) -> np.ndarray:
@@ -93,23 +94,31 @@ def image_suffixes(where: str) -> tuple[str, ...]:
 
 
 def read_pixels(content: io.BytesIO) -> np.ndarray:
-    """(H, W), (H, W, 3) of uint8: what an untrusted image file holds."""
+    """(H, W), (H, W, 3) from 0 to 255: what an untrusted image file holds, the right way up."""
     import PIL.Image
+    import PIL.ImageOps
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         PIL.Image.open(content, formats=IMAGE_FORMATS).verify()  # a PNG's checksums
         image = PIL.Image.open(content, formats=IMAGE_FORMATS)
-        if image.mode[0] in "IF":
-            raise ValueError(f"its pixels are of mode {image.mode}, expected 8 bits a color")
+        deep = image.mode.startswith("I;16") or (image.mode, image.format) in DEEP
+        if image.mode[0] in "IF" and not deep:
+            raise ValueError(f"its pixels are of mode {image.mode}, expected 8 or 16 bits a color")
         if not 0 < math.prod(image.size) <= max(1_000_000, 50 * len(content.getbuffer())):
             raise ValueError(f"{image.width}x{image.height} pixels do not fit in it")
+        PIL.ImageOps.exif_transpose(image, in_place=True)  # as a phone was held
+        if deep:
+            return np.asarray(image, np.float32) / np.float32(257)  # 65535 is white
         gray = image.mode in ("1", "L", "LA")
         return np.asarray(image.convert("L" if gray else "RGB"))
 
 
 def read_image(path: str, size: int | None) -> np.ndarray:
-    """(C, H, W) from 0 to 1 of an image file with 8 bits a color; one channel if it is gray."""
+    """(C, H, W) from 0 to 1 of an image file with 8 or 16 bits a color; one channel if it is gray.
+
+    Transparency is ignored, and of several pictures in a file the first one counts.
+    """
     import PIL.Image
 
     try:

@@ -96,6 +96,42 @@ def test_images_of_other_sizes_and_modes_are_brought_together(tmp_path):
     np.testing.assert_allclose(data["x_train"][1], 41 / 255, atol=1e-6)
 
 
+def test_an_image_of_any_mode_and_format_is_read(tmp_path, image_module):
+    gray = np.linspace(0, 255, 60).reshape(10, 6).round().astype(np.uint8)
+    image = image_module.fromarray(gray)
+    deep = image_module.fromarray(gray.astype(np.uint16) * 257)
+    palette = image.convert("RGB").quantize(64)
+    files = {
+        **{f"gray.{ending}": image for ending in ("png", "tif", "bmp", "gif", "pgm", "jpg")},
+        **{f"color.{ending}": image.convert("RGB") for ending in ("png", "tif", "ppm", "jpg")},
+        **{f"deep.{ending}": deep for ending in ("png", "tif", "pgm")},
+        **{f"opaque.{ending}": image.convert("RGBA") for ending in ("png", "tif")},
+        **{f"both.{ending}": image.convert("LA") for ending in ("png", "tif")},
+        **{f"print.{ending}": image.convert("CMYK") for ending in ("jpg", "tif")},
+        **{f"palette.{ending}": palette for ending in ("png", "gif", "bmp")},
+    }
+    for name, saved in files.items():
+        saved.save(tmp_path / name)
+        read = images.read_image(str(tmp_path / name), None)
+        atol = 0.05 if name.endswith("jpg") or name.startswith("palette") else 1e-6
+        np.testing.assert_allclose(read, np.broadcast_to(gray / 255, read.shape), atol=atol)
+    palette.save(tmp_path / "clear.png", transparency=0)
+    assert images.read_image(str(tmp_path / "clear.png"), None).shape == (3, 10, 6)
+    image.convert("1").save(tmp_path / "two.png")
+    assert set(images.read_image(str(tmp_path / "two.png"), None).flat) == {0, 1}
+
+
+def test_a_photo_is_read_the_right_way_up(tmp_path, image_module):
+    gray = np.zeros((8, 16), np.uint8)
+    gray[:, :8] = 255
+    orientation = image_module.Exif()
+    orientation[0x0112] = 6  # turned to the left: the camera's top is on the right
+    image_module.fromarray(gray).save(tmp_path / "photo.jpg", exif=orientation)
+    read = images.read_image(str(tmp_path / "photo.jpg"), None)
+    assert read.shape == (1, 16, 8)
+    np.testing.assert_allclose(read[0, :, 0], np.repeat([1, 0], 8), atol=0.02)
+
+
 def test_folders_that_are_no_data_set_say_why(tmp_path, image_module):
     write_images(tmp_path / "lone" / "test")
     write_images(tmp_path / "twice" / "val")
