@@ -15,6 +15,7 @@ prediction   the network at inference, layer by layer
 loop         the training loop
 checkpoints  run folders: model, metrics, run.json, checkpoint
 classification classes of images by a network from its run folder
+export       networks for other runtimes (needs onnx)
 pictures     arrays as pictures (needs matplotlib)
 run          a script from its command line to its exit code
 """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -12,8 +14,14 @@ import numpy as np
 import purenn as nn
 from training.checkpoints import Run, blame_outputs, read_run
 from training.command_line import all_values, from_values
-from training.datasets import RATIO, as_images, read_idx, scale_images
-from training.files import blame
+from training.datasets import (
+    RATIO,
+    as_samples,
+    read_idx,
+    scale_images,
+    standardize,
+)
+from training.files import blame, open_binary
 from training.images import image_suffixes, list_images, read_image, resize
 from training.loop import start_from
 from training.options import Options
@@ -30,39 +38,65 @@ class Model(NamedTuple):
     net: nn.Layer
     params: nn.Tree
     classes: list[str]
-    sample_shape: tuple[int, int, int]
+    sample_shape: tuple[int, ...]  # (channels, height, width), or (features,)
     center: bool
+    mean: list[float]  # of the features that it was trained on, and their standard deviation
+    std: list[float]
+
+
+def load_network(
+    folder: str, record: type[Chosen], build: Callable[[Chosen, int], nn.Layer]
+) -> tuple[Run, Chosen, nn.Layer, nn.Tree]:
+    """(run, options, network, params) of a run folder, rebuilt from run.json."""
+    for name, missing in (
+        ("run.json", "there is no run in this folder"),
+        ("model.npz", "there is no model.npz yet; a run writes it with its first report"),
+    ):
+        if not os.path.exists(os.path.join(folder, name)):
+            raise ValueError(f"{folder}: {missing}")
+    run = read_run(folder)
+    unknown = sorted(run.options.keys() - all_values(record()).keys())
+    if unknown:
+        raise ValueError(
+            f"{folder}: it is a run of {run.script}, and this script has no {', '.join(unknown)}"
+        )
+    with blame_outputs(os.path.join(folder, "run.json")):
+        check_shape(run)
+        options = from_values(record, run.options)
+        if options.task == "classes" and not run.classes:
+            raise ValueError("there are no classes in it")
+        # What init gives is compared by its shapes alone, and zeros take no memory.
+        net = build(replace(options, init="zeros", init_std=None), len(run.classes or "y"))
+        params, _ = net.init(0, tuple(run.sample_shape))
+    return run, options, net, start_from(os.path.join(folder, "model.npz"), params, ())
+
+
+def check_shape(run: Run) -> None:
+    """ValueError where classes, sample_shape or pixel_range are not what a run writes."""
+    classes, shape = run.classes or [], run.sample_shape
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"classes must be a list of names, got {classes}")
+    if len(shape) not in (1, 3) or not all(type(size) is int and size > 0 for size in shape):
+        raise ValueError(
+            f"sample_shape must be (channels, height, width) or (features,), got {shape}"
+        )
+    for numbers in (run.feature_mean, run.feature_std) if len(shape) == 1 and classes else ():
+        if not isinstance(numbers, list) or [type(n) for n in numbers] != [float] * shape[0]:
+            raise ValueError("there is no mean and no deviation for each feature")
+    if run.pixel_range not in (None, [0, 1], [-0.5, 0.5]):
+        raise ValueError(f"pixel_range must be [0, 1] or [-0.5, 0.5], got {run.pixel_range}")
 
 
 def load_model(
     folder: str, record: type[Chosen], build: Callable[[Chosen, int], nn.Layer]
 ) -> Model:
-    """The network in a run folder, rebuilt from run.json."""
-    run = read_run(folder)
-    unknown = sorted(run.options.keys() - all_values(record()).keys())
-    if unknown:
-        raise ValueError(
-            f"{folder}: a run of {run.script}; this script has no {', '.join(unknown)}"
-        )
-    with blame_outputs(os.path.join(folder, "run.json")):
-        classes, shape = check_classifier(run)
-        options = from_values(record, run.options)
-        # What init gives is compared by its shapes alone, and zeros take no memory.
-        net = build(replace(options, init="zeros", init_std=None), len(classes))
-        params, _ = net.init(0, shape)
-    params = start_from(os.path.join(folder, "model.npz"), params, ())
-    return Model(net, params, classes, shape, options.center)
-
-
-def check_classifier(run: Run) -> tuple[list[str], tuple[int, int, int]]:
-    """(classes, shape of an image) of a run; ValueError if it has learned something else."""
-    if not isinstance(run.classes, list) or not all(isinstance(c, str) for c in run.classes):
-        raise ValueError("there are no classes in it")
-    shape = run.sample_shape
-    if len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape):
-        raise ValueError(f"sample_shape must be (channels, height, width), got {shape}")
-    channels, height, width = shape
-    return run.classes, (channels, height, width)
+    """The network in a run folder, which must tell classes apart."""
+    run, options, net, params = load_network(folder, record, build)
+    if run.classes is None:
+        raise ValueError(f"{folder}: the run in this folder has no classes to predict")
+    shape = tuple(run.sample_shape)
+    mean, std = run.feature_mean or [], run.feature_std or []
+    return Model(net, params, run.classes, shape, options.center, mean, std)
 
 
 def with_channels(images: np.ndarray, channels: int) -> np.ndarray:
@@ -78,39 +112,53 @@ def with_channels(images: np.ndarray, channels: int) -> np.ndarray:
     raise ValueError(f"images of {have} channels, but the network takes {channels}")
 
 
-def read_images_in(path: str) -> Iterator[tuple[list[str], np.ndarray]]:
-    """(names, images (N, C, H, W)) of a file or folder, not too many at a time."""
+def find_files(path: str) -> list[str]:
+    """The image files in a folder and in the folders in it; of what is no folder, its path."""
+    found: list[str] = []
+    for folder, inside, _ in os.walk(path):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        found += list_images(folder)
+    return found or [path]
+
+
+def read_samples(path: str) -> tuple[list[str], np.ndarray]:
+    """(names, images (N, C, H, W) or rows (N, features)) of a file, known by its first bytes."""
     if os.path.isdir(path):
-        found = list_images(path)
-        if not found:
-            raise ValueError(f"{path}: there is no image in this folder")
-        for inside in found:
-            yield [inside], read_image(inside, None)[None]
-    elif path.endswith(".npz") or "idx" in os.path.basename(path):
-        images = read_images_array(path)
-        for start in range(0, len(images), CHUNK):
-            part = images[start : start + CHUNK]
-            yield [f"{path}[{start + index}]" for index in range(len(part))], part
+        raise ValueError(f"{path}: there is no image in this folder")
+    with blame(path), open_binary(path) as file:
+        start = file.read(2)
+    if start in (b"\0\0", b"\x1f\x8b"):  # the second is gzip's; no image begins with these
+        array = read_idx(path)
+    elif start == b"PK" or path.endswith(".npz"):
+        array = read_only_array(path)
     else:
         image_suffixes(path)  # says what is missing without Pillow
-        yield [path], read_image(path, None)[None]
+        return [path], read_image(path, None)[None]
+    with blame(path):
+        samples = as_samples("its array", array)
+    return [f"{path}[{index}]" for index in range(len(samples))], samples
 
 
-def read_images_array(path: str) -> np.ndarray:
-    """The images of an IDX file or of a .npz with one array."""
-    if not path.endswith(".npz"):
-        array = read_idx(path)
-        with blame(path):
-            return as_images(array)
+def read_only_array(path: str) -> np.ndarray:
+    """The array of an .npz file with one."""
     arrays = nn.read_npz(path, ratio=RATIO)
     with blame(path):
         if len(arrays) != 1:
             raise ValueError(f"expected one array, found {sorted(arrays)}")
-        return as_images(*arrays.values())
+    return next(iter(arrays.values()))
+
+
+def fit_rows(model: Model, rows: np.ndarray) -> np.ndarray:
+    """Features (N, F) standardized as in training; ValueError for another number of them."""
+    if rows.shape[1:] != model.sample_shape:
+        raise ValueError(f"samples of shape {rows.shape[1:]}, expected {model.sample_shape}")
+    return standardize(rows, model.mean, model.std)
 
 
 def fit_images(model: Model, images: np.ndarray) -> np.ndarray:
-    """Images of any size and color as the network takes them."""
+    """Images (N, C, H, W) of any size and color, brought to those that the network takes."""
+    if len(model.sample_shape) != 3:
+        raise ValueError(f"images, but the network takes samples of shape {model.sample_shape}")
     channels, height, width = model.sample_shape
     images = with_channels(images, channels)
     if images.shape[2:] != (height, width):
@@ -118,23 +166,46 @@ def fit_images(model: Model, images: np.ndarray) -> np.ndarray:
     return scale_images(images, size=None, center=model.center)
 
 
-def classify(model: Model, images: np.ndarray) -> list[tuple[str, float]]:
-    """(class, its probability) of every image."""
-    logits = predict(model.net, model.params, fit_images(model, images))
-    probabilities, _ = nn.softmax().forward({}, logits)
+def classify(model: Model, samples: np.ndarray) -> list[tuple[str, float]]:
+    """(class, its probability) of images (N, C, H, W) or rows (N, features)."""
+    x = fit_rows(model, samples) if samples.ndim == 2 else fit_images(model, samples)
+    probabilities, _ = nn.softmax().forward({}, predict(model.net, model.params, x))
     return [(model.classes[row.argmax()], float(row.max())) for row in probabilities]
 
 
+def classify_file(model: Model, path: str) -> list[tuple[str, str, float]]:
+    """(name, class, its probability) of an image file, or of all samples in an array."""
+    names, samples = read_samples(path)
+    with blame(path):
+        parts = [samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK)]
+        found = [pair for part in parts for pair in classify(model, part)]
+    return [(name, *pair) for name, pair in zip(names, found, strict=True)]
+
+
 def print_classes(
-    options: Options, record: type[Chosen], build: Callable[[Chosen, int], nn.Layer]
-) -> None:
-    """A line for each image of --predict: its name, its class, the probability of that."""
+    options: Options,
+    record: type[Chosen],
+    build: Callable[[Chosen, int], nn.Layer],
+    report: Callable[[Exception], None],
+) -> int:
+    """A line for each image of --predict: its name, its class, the probability of that.
+
+    What cannot be classified goes to `report`, and the others are classified all the same. Gives
+    the exit code.
+    """
     if options.out is None:
         raise ValueError("--predict needs --out, the folder of the run whose network it takes")
-    model = load_model(options.out, record, build)
+    model, code = load_model(options.out, record, build), 0
+    if isinstance(sys.stdout, io.TextIOWrapper):  # any name, whatever the locale takes
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     for path in options.predict or ():
-        for names, images in read_images_in(path):
-            with blame(path):
-                found = classify(model, images)
-            for name, (label, probability) in zip(names, found, strict=True):
+        for file in find_files(path):
+            try:
+                found = classify_file(model, file)
+            except (ValueError, OSError, MemoryError) as error:
+                report(error)
+                code = 2
+                continue
+            for name, label, probability in found:
                 print(f"{name}  {label}  {probability:.4f}")
+    return code

@@ -339,10 +339,14 @@ class Options:
     predict: tuple[str, ...] | None = output_option(
         "instead of training, classify these images with the network in --out: image files or"
         " folders of them (need Pillow), a .npz with one array, IDX files; they are resized, and"
-        " should look like the training images (MNIST: white on black); prints the name, the class"
-        " and its probability (softmax) of each",
+        " should look like the training images (MNIST: white on black, and dark on light is not"
+        " guessed); prints the name, the class and its probability (softmax) of each",
         metavar="FILE",
         nargs="+",
+    )
+    export: str | None = output_option(
+        "instead of training, write the network in --out for other runtimes (ONNX, needs onnx)",
+        metavar="FILE.onnx",
     )
     summary: bool = output_option(
         "print the layers, their shapes and parameters first", default=False

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 import purenn as nn
-from training import checkpoints, loop, pictures
+from training import checkpoints, export, loop, pictures
 from training.choices import check_options, choose_optimizer, choose_task
 from training.classification import print_classes
 from training.command_line import chosen_values, flag_of, format_command, new_parser, parse
@@ -37,7 +37,7 @@ from training.team import Team, all_ranks, describe_team, one_rank_first, open_t
 Chosen = TypeVar("Chosen", bound=Options)
 Draw = Callable[[str, Experiment, nn.Tree], None]  # (folder, experiment, params) -> pictures
 
-
+INSTEAD = ("predict", "export", "compare")  # options that ask for something else than training
 EPILOG = (
     "Speed: OPENBLAS_NUM_THREADS in the environment limits the cores that are used, 1 where two"
     " trainings share the machine; OPENBLAS_CORETYPE chooses the kernels and is best left unset."
@@ -297,20 +297,24 @@ def main(
     """A script with these options, this network and these pictures; and return its exit code."""
     parser = new_parser(record, description, EPILOG)
     options = parse(record, parser, arguments)
-    if options.compare is not None and options.predict is not None:
-        parser.error("--predict and --compare exclude each other")
+    instead = [f"--{name}" for name in INSTEAD if getattr(options, name) is not None]
+    if len(instead) > 1:
+        parser.error(f"{' and '.join(instead)} exclude each other")
     if options.compare is not None:
         return exit_code(parser.prog, partial(compare_runs, options))
     if options.predict is not None:
-        return exit_code(parser.prog, partial(print_classes, options, record, build))
+        report = partial(report_error, parser.prog)
+        return exit_code(parser.prog, partial(print_classes, options, record, build, report))
+    if options.export is not None:
+        return exit_code(parser.prog, partial(export.export_run, options, record, build))
     work = partial(run, options, Script(parser.prog, build, draw))
     return mpi_exit_code(parser.prog, work) if options.mpi else exit_code(parser.prog, work)
 
 
-def exit_code(name: str, function: Callable[[], None]) -> int:
+def exit_code(name: str, function: Callable[[], int | None]) -> int:
     """The exit code of a script: a user's mistake is one line, not a traceback."""
     try:
-        function()
+        return function() or 0
     except KeyboardInterrupt as interrupt:
         print(f"\n{name}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
@@ -318,9 +322,13 @@ def exit_code(name: str, function: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, MemoryError) as error:
-        print(f"{name}: error: {reason(error)}", file=sys.stderr)
+        report_error(name, error)
         return 2
-    return 0
+
+
+def report_error(name: str, error: Exception) -> None:
+    """The one line of a mistake."""
+    print(f"{name}: error: {reason(error)}", file=sys.stderr)
 
 
 def reason(error: Exception) -> str:
@@ -330,7 +338,7 @@ def reason(error: Exception) -> str:
     return " ".join(str(error).splitlines()) or "not enough memory"
 
 
-def mpi_exit_code(name: str, function: Callable[[], None]) -> int:
+def mpi_exit_code(name: str, function: Callable[[], int | None]) -> int:
     """`exit_code` on every rank: where one fails, it says so and all end, and none hangs."""
     try:
         last = all_ranks().Dup()  # of its own, where no rank waits for anything else

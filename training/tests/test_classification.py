@@ -1,6 +1,8 @@
 """--predict: images of any kind, classified by the network in a run folder."""
 
+import gzip
 import json
+import os
 
 import numpy as np
 import pytest
@@ -74,6 +76,73 @@ def test_files_and_folders_of_images_are_classified(run, tmp_path, capsys):
     assert found[3][0] == str(tmp_path / "03.png")
 
 
+def test_what_a_file_holds_is_seen_from_its_first_bytes(run, tmp_path, capsys):
+    image_module = pytest.importorskip("PIL.Image", reason="image files need Pillow")
+    (tmp_path / "digits.bin").write_bytes(idx(IMAGES))
+    (tmp_path / "packed").write_bytes(gzip.compress(idx(IMAGES)))
+    image_module.fromarray(IMAGES[3]).save(tmp_path / "idx 3.npy", "PNG")
+    expected = [f"{label}" for label in LABELS]
+    for name in ("digits.bin", "packed"):
+        assert [line[1] for line in predicted(run, tmp_path / name, capsys)] == expected
+    assert [line[1] for line in predicted(run, tmp_path / "idx 3.npy", capsys)] == expected[3:4]
+
+
+def test_what_is_broken_is_said_and_all_others_are_classified(run, tmp_path, capsys, monkeypatch):
+    image_module = pytest.importorskip("PIL.Image", reason="image files need Pillow")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in" / "a" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / ".thumbnails").mkdir()
+    (tmp_path / "empty").mkdir()
+    hidden = "in/.hidden.png", "in/.thumbnails/b.png"
+    for name in ("in/b.png", "in/a/deep/c.jpg", "in/a/z.tif", *hidden):
+        image_module.fromarray(IMAGES[3]).save(name)
+    (tmp_path / "in" / "a" / "text.png").write_text("no image")
+    np.savez("rows.npz", np.ones((3, 162)))
+    folder, script = run
+    files = ["none.png", "in", "empty", "rows.npz", "./in/b.png"]
+    assert script.main(["--predict", *files, "--out", str(folder)]) == 2
+    out, errors = capsys.readouterr()
+    found = [line.rsplit("  ", 2)[:2] for line in out.splitlines()]
+    names = ["in/b.png", "in/a/z.tif", "in/a/deep/c.jpg", "./in/b.png"]
+    assert found == [[name, f"{LABELS[3]}"] for name in names]
+    broken = ["none.png", "in/a/text.png", "empty", "rows.npz"]
+    assert [line.split(": ")[2] for line in errors.splitlines()] == broken
+
+
+@pytest.fixture
+def table_run(tmp_path):
+    """(folder of a run on features whose class is seen, features, classes)."""
+    rng = np.random.default_rng(0)
+    classes = rng.integers(0, 3, 300)
+    features = rng.normal(size=(300, 4)) * [1, 10, 0.1, 1] + classes[:, None] * [5, 50, 0.5, 0]
+    np.savez(tmp_path / "data.npz", x=features, y=classes)
+    options = ["--epochs", "10", "--lr", "0.02", "--out", tmp_path / "run"]
+    assert train_on(str(tmp_path / "data.npz"), *options) == 0
+    return tmp_path / "run", features, classes
+
+
+def test_features_are_classified(table_run, tmp_path, capsys):
+    folder, features, classes = table_run
+    capsys.readouterr()
+    np.savez(tmp_path / "rows.npz", features)
+    (tmp_path / "rows").write_bytes(idx(features.astype(">f8")))
+    for name in ("rows.npz", "rows"):
+        found = predicted((folder, train_mlp), tmp_path / name, capsys)
+        right = [int(line[1]) == label for line, label in zip(found, classes, strict=True)]
+        assert np.mean(right) > 0.95
+    for array, words in (
+        (IMAGES, "images, but the network takes samples of shape (4,)"),
+        (features[:, 1:], "samples of shape (3,), expected (4,)"),
+        (np.full((1, 4), np.nan), "features must be finite"),
+    ):
+        np.savez(tmp_path / "wrong.npz", array)
+        assert words in refusal_of(folder, tmp_path / "wrong.npz", capsys)
+    about = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**about, "feature_std": [1.0]}))
+    words = "there is no mean and no deviation for each feature"
+    assert words in refusal_of(folder, tmp_path / "rows.npz", capsys)
+
+
 def test_colors_become_the_gray_that_one_sees():
     colors = np.eye(3, dtype=np.float32)[None, :, :, None]
     gray = classification.with_channels(colors, 1)
@@ -107,7 +176,7 @@ def test_what_cannot_be_classified_is_refused(mlp_run, blob_file, tmp_path, caps
     (tmp_path / "empty").mkdir()
     for folder, path, words in (
         (None, "x.npz", "--predict needs --out"),
-        (tmp_path / "x", "x.npz", "run.json"),
+        (tmp_path / "x", "x.npz", "there is no run in this folder"),
         (mlp_run, tmp_path / "x.npz", f"{tmp_path}/x.npz: cannot be read"),
         (mlp_run, blob_file, "expected one array, found"),
         (mlp_run, "nowhere.npz", "nowhere.npz"),
@@ -116,13 +185,38 @@ def test_what_cannot_be_classified_is_refused(mlp_run, blob_file, tmp_path, caps
         assert words in refusal_of(folder, path, capsys)
 
 
+def test_the_bytes_of_a_name_are_printed_as_they_are(mlp_run, tmp_path, capsysbinary):
+    name = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+    try:
+        with open(name, "wb") as file:
+            file.write(idx(IMAGES[:1]))
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    capsysbinary.readouterr()
+    assert train_mlp.main(["--predict", os.fsdecode(name), "--out", str(mlp_run)]) == 0
+    assert capsysbinary.readouterr().out.startswith(name + b"[0]  ")
+
+
+def test_a_run_that_cannot_classify_says_why(mlp_run, tmp_path, capsys):
+    sine = "--task sine --hidden 2 --epochs 1 --report-every 36"
+    assert train_mlp.main([*sine.split(), "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert "has no classes to predict" in refusal_of(tmp_path, "x.png", capsys)
+    assert train_cnn.main(["--predict", "x.png", "--out", str(mlp_run)]) == 2
+    assert "this script has no --task" in capsys.readouterr().err
+    (mlp_run / "model.npz").unlink()
+    assert "there is no model.npz yet" in refusal_of(mlp_run, "x.png", capsys)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"classes": None}, "there are no classes in it"),
-        ({"classes": [1, 2]}, "there are no classes in it"),
-        ({"sample_shape": [1]}, "sample_shape must be (channels, height, width), got [1]"),
+        ({"classes": []}, "there are no classes in it"),
+        ({"classes": [1, 2]}, "classes must be a list of names, got [1, 2]"),
+        ({"sample_shape": [1, 2]}, "sample_shape must be (channels, height, width) or (features,)"),
         ({"sample_shape": [3, 9, -6]}, "sample_shape must be"),
+        ({"pixel_range": 5}, "pixel_range must be [0, 1] or [-0.5, 0.5], got 5"),
         ({"options": {"--kernel": 3}, "chosen": []}, "this script has no --kernel"),
         ({"options": {"--hidden": ["x"]}, "chosen": []}, "--hidden: "),
         ({"options": {"--hidden": 8}, "chosen": []}, ""),
