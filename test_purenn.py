@@ -7,6 +7,8 @@ import ast
 import contextlib
 import errno
 import functools
+import http.client
+import importlib.util
 import inspect
 import io
 import itertools
@@ -28,6 +30,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.server import ThreadingHTTPServer
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -5863,6 +5866,7 @@ dy = np.ones_like(y)
 RIGHT = '''"""A user's project under mypy --strict."""
 
 from functools import partial
+from http.server import ThreadingHTTPServer
 from typing import Any
 import numpy as np
 import purenn as nn
@@ -5969,6 +5973,8 @@ def test_readme_blocks_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(REPOSITORY))
     namespace = {"__name__": "readme"}
     for number, block in enumerate(blocks):
+        if "import onnx" in block and not importlib.util.find_spec("onnxruntime"):
+            continue  # an optional package
         exec(compile(block, f"README block {number}", "exec"), namespace)
     printed = capsys.readouterr().out.splitlines()
     assert float(printed[0]) > 0.95
@@ -5983,3 +5989,40 @@ def test_readme_shows_the_message_of_a_forgotten_slope():
     with pytest.raises(AssertionError) as failure:
         exec(compile(broken, "README", "exec"), {"np": np, "nn": nn, "__name__": "readme"})
     assert f"`{failure.value}`" in readme()
+
+
+def ask(port, body, **headers):
+    """(code, text) that the README's server answers."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request("POST", "/", body, headers)
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def test_readme_server_answers_many_clients_and_survives_bad_requests():
+    blocks = [block for block in readme_blocks() if "ThreadingHTTPServer" in block]
+    if not blocks:
+        pytest.skip("the README has no server")
+    net = nn.sequential(nn.flatten(), nn.linear(10))
+    params, _ = net.init(0, (1, 28, 28))
+    namespace = {"np": np, "nn": nn, "cnn": net, "weights": params, "__name__": "readme"}
+    exec(compile(blocks[0], "README", "exec"), namespace)
+    handler = namespace["Classifier"]
+    handler.timeout, handler.log_message = 0.2, lambda *_: None
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    images = np.random.default_rng(0).integers(0, 256, (30, 784), np.uint8)
+    p = nn.softmax().forward({}, net.forward(params, images[:, None] / np.float32(255))[0])[0]
+    expected = [(200, f"{row.argmax()} {row.max():.4f}\n") for row in p]
+    with ThreadPoolExecutor(5) as clients:
+        clients.submit(server.serve_forever, 0.01)
+        try:
+            port = server.server_address[1]
+            for body, headers in ((b"abc", {}), (b"", {}), (b"x", {"Content-Length": "x"})):
+                assert ask(port, body, **headers)[0] == 400
+            with pytest.raises(http.client.RemoteDisconnected):  # it does not wait for the rest
+                ask(port, b"abc", **{"Content-Length": "784"})
+            asked = clients.map(partial(ask, port), [image.tobytes() for image in images])
+            assert list(asked) == expected
+        finally:
+            server.shutdown()
+            server.server_close()
