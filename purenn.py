@@ -1563,12 +1563,12 @@ _LSTM = _Form("N T D", y="N T units", W="D 4·units", U="units 4·units", b="4·
 
 
 def recurrent_init(
-    key: Key, shape: Shape, *, where: str, form: _Form, gates: int, units: int
+    key: Key, shape: Shape, *, where: str, form: _Form, gates: int, units: int, init: Initializer
 ) -> tuple[Tree, Shape]:
-    """W from xavier_uniform, U orthogonal gate by gate, biases 0, but 1 for lstm's forget gate."""
+    """W from `init`, U orthogonal gate by gate, biases 0, but 1 for lstm's forget gate."""
     T, D = form.shape(where, shape)
     params = {name: np.zeros(gates * units, np.float32) for name in form.entries}
-    params["W"] = xavier_uniform(fold_key(key, 0), (D, gates * units))
+    params["W"] = init(fold_key(key, 0), (D, gates * units))
     U = [orthogonal(fold_key(key, gate + 1), (units, units)) for gate in range(gates)]
     params["U"] = np.concatenate(U, axis=1)
     params["b"][units : 2 * units] = where == "lstm"  # forgets little at first (Gers et al. 2000)
@@ -1601,7 +1601,8 @@ def _recurrent_gradients(
 def _recurrent(where: str, form: _Form, gates: int, units: Any, reverse: Any, *both: Any) -> Layer:
     _check_kind(where, "reverse", reverse, bool)
     units = _whole(where, "units", units, 1)
-    init = partial(recurrent_init, where=where, form=form, gates=gates, units=units)
+    own = {"where": where, "form": form, "gates": gates, "units": units, "init": xavier_uniform}
+    init = partial(recurrent_init, **own)
     return Layer(init, *(partial(function, order=-1 if reverse else 1) for function in both))
 
 
@@ -1718,11 +1719,11 @@ def _by_head(x: Array, parts: int, heads: int) -> Array:
     return x.reshape(N, T, parts, heads, D // heads).transpose(2, 0, 3, 1, 4)
 
 
-def attention_init(key: Key, shape: Shape, *, heads: int) -> tuple[Tree, Shape]:
-    """W of "qkv" (D, 3·D) and of "out" (D, D) from xavier_uniform, b of zeros."""
+def attention_init(key: Key, shape: Shape, *, heads: int, init: Initializer) -> tuple[Tree, Shape]:
+    """W of "qkv" (D, 3·D) and of "out" (D, D) from `init`, b of zeros."""
     T, D = _ATTENTION.shape("attention", shape)
     _by_head(np.empty((0, T, D)), 1, heads)  # which checks the heads
-    weights = partial(_weights, "attention", init=xavier_uniform, bias=True)
+    weights = partial(_weights, "attention", init=init, bias=True)
     qkv = weights(fold_key(key, 0), shape=(D, 3 * D), out=3 * D)
     return {"qkv": qkv, "out": weights(fold_key(key, 1), shape=(D, D), out=D)}, (T, D)
 
@@ -1773,7 +1774,8 @@ def attention(heads: int, *, causal: bool = False) -> Layer:
     """
     heads = _whole("attention", "heads", heads, 1)
     _check_kind("attention", "causal", causal, bool)
-    return _layer(attention_init, attention_forward, attention_backward, heads=heads, causal=causal)
+    functions = attention_init, attention_forward, attention_backward
+    return _layer(*functions, heads=heads, causal=causal, init=xavier_uniform)
 
 
 # --- convolution and pooling ---
@@ -3818,6 +3820,12 @@ def _layers_in(net: LayerLike, path: str = "") -> list[tuple[str, Any]]:
     return [pair for name in layers for pair in _layers_in(layers[name], f"{path}{name}/")]
 
 
+def _without_memory(key: Key, shape: Shape) -> Array:
+    """Zeros that share one number: an initializer where the shapes alone are of interest."""
+    return np.broadcast_to(np.float32(0), shape)
+
+
+@_quiet
 def _exchange(where: str, net: Any, source: Tree, ours: bool) -> Tree:
     """The entries of a network from a flat dict, `ours` or PyTorch's, by their other names."""
     _check_layer(where, "net", net)
@@ -3828,6 +3836,9 @@ def _exchange(where: str, net: Any, source: Tree, ours: bool) -> Tree:
         if entries == "none" or _option(layer.forward, "order") == -1:
             raise ValueError(f"{where}: {path[:-1] or 'net'}: PyTorch has no {layer!r}")
         initial: Tree = {}
+        init = layer.init
+        if _option(init, "init") is not None:
+            init = partial(init, init=_without_memory)
         for theirs, _, entry in (pair.partition("=") for pair in entries.split()):
             own, transposed = entry.removesuffix(".T"), entry.endswith(".T")
             names = path + own, path.replace("/", ".") + theirs
@@ -3838,13 +3849,16 @@ def _exchange(where: str, net: Any, source: Tree, ours: bool) -> Tree:
                 array = _entry(where, source, name)
                 shape = array.shape[::-1] if transposed and not ours else array.shape
                 what = f"{where}: {name} {array.shape}"
+                if not array.size:  # (10**9, 0) is no memory, 10**9 features are
+                    raise ValueError(f"{what} does not fit {layer!r}")
                 if not initial:
                     features = (*shape, 1, 1)[axis] * (_option(layer.init, "groups") if axis else 1)
                     example = tuple(features if a == "in" else 10**6 for a in sample.split())
-                    initial = tree_flatten(_call_child(what, "init", layer.init, 0, example)[0])
+                    initial = tree_flatten(_call_child(what, "init", init, 0, example)[0])
                 if own not in initial or shape != initial[own].shape:
                     raise ValueError(f"{what} does not fit {layer!r}")
-                moved = np.array(array.T if transposed else array, order="C")
+                kind = array.dtype.newbyteorder("=")
+                moved = np.array(array.T if transposed else array, kind, order="C")
                 moved = np.zeros_like(moved) if name in used else moved  # the second of two biases
                 target[other] = target[other] + moved if other in target else moved
             elif ours:

@@ -3851,6 +3851,35 @@ def test_pytorch_computes_the_same_with_the_same_state(name, in_training):
     assert nn.tree_flatten(nn.from_torch(net, state)).keys() == nn.tree_flatten(params).keys()
 
 
+@pytest.mark.parametrize(
+    ("layer", "change"),
+    [
+        (nn.attention(1), {"in_proj_weight": np.zeros((3, 10**5), np.float32)}),
+        (nn.lstm(2), {"weight_ih_l0": np.broadcast_to(np.float32(0), (4, 10**8))}),
+        (nn.linear(3), {"weight": np.broadcast_to(np.float32(0), (2, 10**10))}),
+        (nn.group_norm(2), {"weight": np.zeros((10**9, 0))}),
+        (nn.conv2d(2, 3), {"weight": np.broadcast_to(np.float32(0), (2, 10**9, 1, 1))}),
+    ],
+)
+def test_a_state_that_does_not_fit_takes_no_memory(layer, change):
+    def refused():
+        with pytest.raises(ValueError, match=r"^from_torch: \S+ \(.*\) does not fit "):
+            nn.from_torch(layer, change)
+
+    assert peak_memory(refused) < 10_000_000
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_state_of_another_byte_order_or_with_huge_values_is_taken_as_it_is():
+    state = nn.to_torch(nn.lstm(2), nn.lstm(2).init(0, (4, 3))[0])
+    swapped = {name: array.astype(">f4") for name, array in state.items()}
+    assert all_bytes(nn.from_torch(nn.lstm(2), swapped)) == all_bytes(
+        nn.from_torch(nn.lstm(2), state)
+    )
+    huge = {name: np.full_like(array, 3e38) for name, array in state.items()}
+    assert np.isinf(nn.from_torch(nn.lstm(2), huge)["b"]).all()
+
+
 def test_names_of_layers_become_paths_with_dots():
     block = nn.residual(nn.sequential(a=nn.linear(4), b=nn.tanh()), nn.linear(4, bias=False))
     net = nn.sequential(nn.relu(), block=block, out=nn.linear(2))
@@ -5172,7 +5201,7 @@ SENTENCES: list = [  # (call, exception, what is said)
           (THREE, {"weight": (3,)}, "weight (3,) does not fit linear(3)"),
           (THREE, {"weight": ()}, "weight () does not fit linear(3)"),
           (THREE, {"weight": (3, 0)},
-           "weight (3, 0): linear: every size in shape must be at least 1, got 0"),
+           "weight (3, 0) does not fit linear(3)"),
           (THREE, {"weight": (3, 5), "b": ()}, "there is no entry 'bias' in ['b', 'weight']"),
           (nn.linear(3, bias=False), {"weight": (3, 5), "bias": (3,)},
            "no layer that PyTorch has takes the entries ['bias']"),
