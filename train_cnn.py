@@ -56,6 +56,8 @@ class CNNOptions(Options):
 
 def convolutions(options: CNNOptions) -> dict[str, nn.Layer]:
     """For each number of --channels: convolution, batch norm, activation, and a pool at the end."""
+    if options.convolutions * len(options.channels) > 1_000:
+        raise ValueError(f"--convolutions {options.convolutions}: these are more than 1,000 layers")
     init, bias = initializer(options), not options.batch_norm
     layers: dict[str, nn.Layer] = {}
     for stage, channels in enumerate(options.channels, start=1):

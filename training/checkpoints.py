@@ -27,7 +27,7 @@ from training.command_line import (
     options_of,
     with_defaults,
 )
-from training.files import open_text
+from training.files import one_line, open_text
 from training.loop import Experiment, Progress, columns, epoch_steps_of
 from training.options import Options
 from training.team import Team
@@ -195,8 +195,10 @@ def blame_outputs(path: str) -> Iterator[None]:
     """ValueError, with the path, for what --out cannot have written."""
     try:
         yield
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{path}: is not what --out writes: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: is not what --out writes: {one_line(error)}") from None
 
 
 def check_format(found: Any) -> None:
@@ -214,6 +216,16 @@ def check_fields(found: dict[str, Any], expected: type[Run] | type[Progress]) ->
             raise ValueError(f"it has no {name}")
 
 
+def check_kinds(run: Run) -> None:
+    """ValueError where a field is of another kind than `describe_run` gives it."""
+    kinds = {"script": str, "options": dict, "chosen": list, "sample_shape": list, "versions": dict}
+    for name, kind in kinds.items():
+        if not isinstance(getattr(run, name), kind):
+            raise ValueError(f"{name} is no {kind.__name__}")
+    if not run.options.keys() >= set(run.chosen):
+        raise ValueError("the options that were chosen are not among the options")
+
+
 def read_run(folder: str) -> Run:
     """What run.json in a folder says."""
     path = os.path.join(folder, "run.json")
@@ -223,8 +235,7 @@ def read_run(folder: str) -> Run:
         check_format(found.get("format"))
         check_fields(found, Run)
         run = Run(**{name: found[name] for name in Run._fields if name in found})
-        if not isinstance(run.options, dict) or not run.options.keys() >= set(run.chosen):
-            raise ValueError("the options that were chosen are not among the options")
+        check_kinds(run)
     return run
 
 
@@ -254,7 +265,7 @@ def check_same_run(folder: str, run: Run) -> None:
     try:
         check_values(before, after)
     except ValueError as error:
-        raise ValueError(f"{folder}: cannot be resumed: {error}") from None
+        raise ValueError(f"{folder}: cannot be resumed: {one_line(error)}") from None
 
 
 def read_metrics(folder: str) -> list[dict[str, float]]:
@@ -389,7 +400,7 @@ def read_checkpoint(experiment: Experiment, progress: Progress) -> Progress:
                 f"it is of step {resumed.step}, but --epochs {options.epochs} has {total} steps"
             )
     except Exception as error:
-        raise ValueError(f"{path}: cannot be resumed: {error}") from None
+        raise ValueError(f"{path}: cannot be resumed: {one_line(error)}") from None
     for line in describe_changes(then, experiment):
         print(f"{path}: {line}")
     return resumed

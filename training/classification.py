@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -21,15 +22,16 @@ from training.datasets import (
     scale_images,
     standardize,
 )
-from training.files import blame, open_binary
+from training.files import blame, one_line, open_binary
 from training.images import image_suffixes, list_images, read_image, resize
 from training.loop import start_from
 from training.options import Options
-from training.prediction import predict
+from training.prediction import layers_of, predict
 
 Chosen = TypeVar("Chosen", bound=Options)
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue (ITU-R BT.601)
 CHUNK = 250  # images at a time
+MOST_NUMBERS = 10_000_000  # in a sample that a network takes
 
 
 class Model(NamedTuple):
@@ -57,18 +59,27 @@ def load_network(
     run = read_run(folder)
     unknown = sorted(run.options.keys() - all_values(record()).keys())
     if unknown:
-        raise ValueError(
-            f"{folder}: it is a run of {run.script}, and this script has no {', '.join(unknown)}"
-        )
-    with blame_outputs(os.path.join(folder, "run.json")):
+        words = f"it is a run of {run.script}, and this script has no {', '.join(unknown)}"
+        raise ValueError(f"{folder}: {one_line(words)}")
+    path = os.path.join(folder, "run.json")
+    with blame_outputs(path):
         check_shape(run)
         options = from_values(record, run.options)
         if options.task == "classes" and not run.classes:
             raise ValueError("there are no classes in it")
         # What init gives is compared by its shapes alone, and zeros take no memory.
         net = build(replace(options, init="zeros", init_std=None), len(run.classes or "y"))
-        params, _ = net.init(0, tuple(run.sample_shape))
-    return run, options, net, start_from(os.path.join(folder, "model.npz"), params, ())
+    layers = first_layers(net, tuple(run.sample_shape), path)
+    params = start_from(os.path.join(folder, "model.npz"), layers_of(net), layers)
+    return run, options, net, params
+
+
+def first_layers(net: nn.Layer, shape: tuple[int, ...], path: str) -> Iterator[tuple[str, nn.Tree]]:
+    """(name, its params before training) of every layer, one by one; ValueError with the path."""
+    for name, layer in layers_of(net).items():
+        with blame_outputs(path):
+            params, shape = layer.init(0, shape)
+        yield name, params
 
 
 def check_shape(run: Run) -> None:
@@ -80,6 +91,8 @@ def check_shape(run: Run) -> None:
         raise ValueError(
             f"sample_shape must be (channels, height, width) or (features,), got {shape}"
         )
+    if math.prod(shape) > MOST_NUMBERS:
+        raise ValueError(f"no network of this size has been trained on samples of shape {shape}")
     for numbers in (run.feature_mean, run.feature_std) if len(shape) == 1 and classes else ():
         if not isinstance(numbers, list) or [type(n) for n in numbers] != [float] * shape[0]:
             raise ValueError("there is no mean and no deviation for each feature")
@@ -121,7 +134,7 @@ def find_files(path: str) -> list[str]:
     return found or [path]
 
 
-def read_samples(path: str) -> tuple[list[str], np.ndarray]:
+def read_samples(path: str) -> tuple[Iterator[str], np.ndarray]:
     """(names, images (N, C, H, W) or rows (N, features)) of a file, known by its first bytes."""
     if os.path.isdir(path):
         raise ValueError(f"{path}: there is no image in this folder")
@@ -133,10 +146,10 @@ def read_samples(path: str) -> tuple[list[str], np.ndarray]:
         array = read_only_array(path)
     else:
         image_suffixes(path)  # says what is missing without Pillow
-        return [path], read_image(path, None)[None]
+        return iter([path]), read_image(path, None)[None]
     with blame(path):
         samples = as_samples("its array", array)
-    return [f"{path}[{index}]" for index in range(len(samples))], samples
+    return (f"{path}[{index}]" for index in range(len(samples))), samples
 
 
 def read_only_array(path: str) -> np.ndarray:
@@ -169,17 +182,23 @@ def fit_images(model: Model, images: np.ndarray) -> np.ndarray:
 def classify(model: Model, samples: np.ndarray) -> list[tuple[str, float]]:
     """(class, its probability) of images (N, C, H, W) or rows (N, features)."""
     x = fit_rows(model, samples) if samples.ndim == 2 else fit_images(model, samples)
-    probabilities, _ = nn.softmax().forward({}, predict(model.net, model.params, x))
+    logits = predict(model.net, model.params, x)
+    if not np.isfinite(logits).all():
+        raise ValueError("the network's output is not finite: these numbers or its own are huge")
+    probabilities, _ = nn.softmax().forward({}, logits)
     return [(model.classes[row.argmax()], float(row.max())) for row in probabilities]
 
 
-def classify_file(model: Model, path: str) -> list[tuple[str, str, float]]:
-    """(name, class, its probability) of an image file, or of all samples in an array."""
+def classify_file(model: Model, path: str) -> Iterator[tuple[str, str, float]]:
+    """(name, class, its probability) of an image file, or of an array's samples one by one.
+
+    They are not kept: a small file may hold millions of samples of one pixel.
+    """
     names, samples = read_samples(path)
     with blame(path):
-        parts = [samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK)]
-        found = [pair for part in parts for pair in classify(model, part)]
-    return [(name, *pair) for name, pair in zip(names, found, strict=True)]
+        for start in range(0, len(samples), CHUNK):
+            for label, probability in classify(model, samples[start : start + CHUNK]):
+                yield next(names), label, probability
 
 
 def print_classes(
@@ -201,11 +220,11 @@ def print_classes(
     for path in options.predict or ():
         for file in find_files(path):
             try:
-                found = classify_file(model, file)
+                for name, label, probability in classify_file(model, file):
+                    print(f"{name}  {label}  {probability:.4f}")
+            except BrokenPipeError:
+                raise
             except (ValueError, OSError, MemoryError) as error:
                 report(error)
                 code = 2
-                continue
-            for name, label, probability in found:
-                print(f"{name}  {label}  {probability:.4f}")
     return code

@@ -206,6 +206,8 @@ def from_json(about: About, value: Any) -> Any:
         return value
     if isinstance(value, list):
         return tuple(from_json(about, item) for item in value)
+    if isinstance(about.default, bool):
+        raise ValueError(f"expected true or false, got {value!r}")
     typed = about.argument.get("type", str)(str(value))
     if typed not in about.argument.get("choices", [typed]):
         raise ValueError(f"unknown choice {value!r}")

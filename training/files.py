@@ -20,6 +20,11 @@ def as_path(where: str, path: Any) -> str:
     return os.fsdecode(path)
 
 
+def one_line(error: object) -> str:
+    """What an error says, in one line that is not too long, whatever a file has in it."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 @contextlib.contextmanager
 def blame(path: str) -> Iterator[None]:
     """Whatever goes wrong while a file is read becomes a ValueError of one line with its path."""
@@ -28,8 +33,7 @@ def blame(path: str) -> Iterator[None]:
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"{path}: cannot be read: {reason}") from error
+        raise ValueError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 def check_regular(path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
 import warnings
@@ -19,17 +20,22 @@ PARTS = {  # of a data set, and what each may be called, as a folder or in a fil
     "validation": ("val", "valid", "validation"),
     "test": ("test",),
 }
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else it prints what it then raises
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others may run programs
 DEEP = (("I", "PNG"), ("I", "PPM"))  # modes of 16 bits, and those that are called I;16
 
 
 def overlaps(length: int, pixels: int) -> np.ndarray:
     """(pixels, length): the share of each old pixel in each of the new ones on the same line."""
+    if pixels * length > 1 << 24:  # a damaged file may say that it is a million pixels high
+        raise ValueError(f"resize: a line of {length} pixels is too long to become one of {pixels}")
     edges = np.linspace(0, length, pixels + 1)
     start, end = edges[:-1, None], edges[1:, None]
     old = np.arange(length)
-    covered = np.minimum(end, old + 1) - np.maximum(start, old)
-    shares: np.ndarray = np.maximum(covered, 0) * (pixels / length)
+    shares: np.ndarray = np.minimum(end, old + 1)
+    shares -= np.maximum(start, old)
+    np.maximum(shares, 0, out=shares)
+    shares *= pixels / length
     return shares
 
 

@@ -8,7 +8,7 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,17 +55,26 @@ class Progress(NamedTuple):
 # ------------------------------------------------------------------------------------------------
 
 
-def start_from(path: str, params: nn.Tree, anew: Sequence[str]) -> nn.Tree:
-    """The params of a file, which must fit; those layers of `anew` that do not, as in `params`."""
+def start_from(
+    path: str,
+    names: Collection[str],
+    layers: Iterable[tuple[str, nn.Tree]],
+    anew: Sequence[str] = (),
+) -> nn.Tree:
+    """The params of a file, which must fit the layers of these names, (name, params) of each.
+
+    Those of `anew` that do not fit are as in `layers`. The first other one that does not is refused
+    before the next one is asked for: it might take more memory than the file could justify.
+    """
     loaded = nn.load(path)
     for entry, array in nn.tree_flatten(loaded).items():
         if array.dtype.char not in "fd":
             raise ValueError(f"{path}: {entry} is {array.dtype}, expected float32 or float64")
-    unknown = sorted(loaded.keys() - params.keys())
+    unknown = sorted(loaded.keys() - set(names))
     if unknown:
         raise ValueError(f"{path}: this network has no layer {' or '.join(unknown)}")
     started = {}
-    for name, own in params.items():
+    for name, own in layers:
         expected, found = (
             {entry: array.shape for entry, array in nn.tree_flatten({name: tree}).items()}
             for tree in (own, loaded.get(name, {}))
@@ -74,7 +83,8 @@ def start_from(path: str, params: nn.Tree, anew: Sequence[str]) -> nn.Tree:
             raise ValueError(
                 f"{path}: {name} has {found or 'nothing'}, but this network needs {expected}"
             )
-        started[name] = loaded[name] if found == expected else own
+        if own:
+            started[name] = loaded[name] if found == expected else own
     return started
 
 
@@ -89,7 +99,7 @@ def first_params(experiment: Experiment) -> nn.Tree:
                 f"--train-only: {name} is not a layer with parameters, as {', '.join(params)} are"
             )
     if options.init_from is not None:
-        params = start_from(options.init_from, params, only)
+        params = start_from(options.init_from, params, params.items(), only)
     return params
 
 

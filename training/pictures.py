@@ -68,8 +68,11 @@ def shorten(name: str, length: int = 30) -> str:
 
 
 def escape_dollars(text: str) -> str:
-    """The text for a picture, where what stands between two dollars would be read as TeX."""
-    return text.replace("$", r"\$")
+    """The text for a picture, where what stands between two dollars would be read as TeX.
+
+    A name of a file may have bytes in it that are no text, and no font draws these.
+    """
+    return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def drawable_names(names: Sequence[str]) -> list[str]:

@@ -295,6 +295,8 @@ def main(
     arguments: Sequence[str] | None = None,
 ) -> int:
     """A script with these options, this network and these pictures; and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name of any bytes is printed as it is
+        sys.stdout.reconfigure(errors="surrogateescape")
     parser = new_parser(record, description, EPILOG)
     options = parse(record, parser, arguments)
     instead = [f"--{name}" for name in INSTEAD if getattr(options, name) is not None]

@@ -375,7 +375,8 @@ GOOD = "epoch,step,loss,accuracy\n1,2,3,4\n"
 BAD_METRICS = [
     "", "\xff\x00", "a,b\n1,2\n", "step,loss\n1,2\n", "epoch,step,loss\n", "epoch,step,loss\n1,2\n",
     "epoch,step,loss\n1,2,much\n", f"{GOOD}1,2,3,{'4' * 200_000}\n", f"{GOOD}1,2,3,4,5\n",
-    f"{GOOD}1,2,1e308,4\n", "epoch,step,loss,accuracy,validation_loss\n1,2,3,4,5\n",
+    f"{GOOD}1,2,1e308,4\n", f"{GOOD}1,2,{'x' * 999},4\n",
+    "epoch,step,loss,accuracy,validation_loss\n1,2,3,4,5\n",
 ]  # fmt: skip
 
 
@@ -386,6 +387,7 @@ def test_metrics_that_are_none_are_refused(text, tmp_path):
     assert len(checkpoints.read_metrics(str(tmp_path))) == 1
     path.write_bytes(text.encode("latin-1"))
     message = refusal(lambda path: checkpoints.read_metrics(path.parent), path)
+    assert len(message) < 350
     assert message.startswith("is not what --out writes: ")
 
 
@@ -446,6 +448,10 @@ NO_FORMAT = "it has no format version: an older version of purenn wrote it"
         *((broken_run(**{name: ""}), "") for name in OLDEST_FIELDS),
         *((broken_run(options=value), "") for value in (None, [1], "x", {"--seed": 1})),
         *((broken_run(chosen=value), "") for value in (None, 3, [[]], ["--seed"])),
+        *((broken_run(chosen=value), "chosen is no list") for value in ("--lr", {"--lr": 1})),
+        *((broken_run(script=value), "script is no str") for value in (1, [], None)),
+        *((broken_run(versions=value), "versions is no dict") for value in (1, [])),
+        (broken_run(format="a\nb" + "c" * 1000), "its format version is a bcccc"),
     ],
 )
 def test_a_run_json_that_is_none_is_refused(text, words, tmp_path):
@@ -453,6 +459,7 @@ def test_a_run_json_that_is_none_is_refused(text, words, tmp_path):
     assert checkpoints.read_run(str(tmp_path)).chosen == ["--lr"]
     (tmp_path / "run.json").write_bytes(text.encode("latin-1"))
     message = refusal(lambda path: checkpoints.read_run(path.parent), tmp_path / "run.json")
+    assert len(message) < 350
     assert message.startswith(f"is not what --out writes: {words}")
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -174,7 +175,9 @@ def test_what_cannot_be_classified_is_refused(mlp_run, blob_file, tmp_path, caps
     capsys.readouterr()
     (tmp_path / "x.npz").write_bytes(b"PK\x03\x04 and nothing more")
     (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "huge.npz", np.full((1, 9, 6), 3e38))
     for folder, path, words in (
+        (mlp_run, tmp_path / "huge.npz", "huge.npz: cannot be read: the network's output is not "),
         (None, "x.npz", "--predict needs --out"),
         (tmp_path / "x", "x.npz", "there is no run in this folder"),
         (mlp_run, tmp_path / "x.npz", f"{tmp_path}/x.npz: cannot be read"),
@@ -185,7 +188,19 @@ def test_what_cannot_be_classified_is_refused(mlp_run, blob_file, tmp_path, caps
         assert words in refusal_of(folder, path, capsys)
 
 
-def test_the_bytes_of_a_name_are_printed_as_they_are(mlp_run, tmp_path, capsysbinary):
+def test_samples_are_classified_one_after_the_other(mlp_run, tmp_path):
+    model = classification.load_model(str(mlp_run), train_mlp.MLPOptions, train_mlp.build_mlp)
+    images = np.zeros((260, 9, 6))
+    images[-1] = 3e38
+    np.savez(tmp_path / "x.npz", images)
+    found = classification.classify_file(model, str(tmp_path / "x.npz"))
+    names = [next(found)[0] for _ in range(250)]
+    assert names[-1] == f"{tmp_path}/x.npz[249]"
+    with pytest.raises(ValueError, match="x.npz: cannot be read: the network's output is not fin"):
+        next(found)
+
+
+def test_the_bytes_of_a_name_are_printed_as_they_are(mlp_run, blob_file, tmp_path, capsysbinary):
     name = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
     try:
         with open(name, "wb") as file:
@@ -193,6 +208,9 @@ def test_the_bytes_of_a_name_are_printed_as_they_are(mlp_run, tmp_path, capsysbi
     except OSError:
         pytest.skip("this file system takes no such name")
     capsysbinary.readouterr()
+    shutil.copy(blob_file, name + b".npz")
+    assert train_on(os.fsdecode(name + b".npz"), "--epochs", "0") == 0
+    assert capsysbinary.readouterr().out.startswith(name + b".npz: ")
     assert train_mlp.main(["--predict", os.fsdecode(name), "--out", str(mlp_run)]) == 0
     assert capsysbinary.readouterr().out.startswith(name + b"[0]  ")
 
@@ -217,11 +235,16 @@ def test_a_run_that_cannot_classify_says_why(mlp_run, tmp_path, capsys):
         ({"sample_shape": [1, 2]}, "sample_shape must be (channels, height, width) or (features,)"),
         ({"sample_shape": [3, 9, -6]}, "sample_shape must be"),
         ({"pixel_range": 5}, "pixel_range must be [0, 1] or [-0.5, 0.5], got 5"),
+        ({"sample_shape": [1, 10**5, 10**5]}, "no network of this size has been trained on"),
+        ({"classes": ["a"] * 10**5}, "model.npz: out has "),
         ({"options": {"--kernel": 3}, "chosen": []}, "this script has no --kernel"),
         ({"options": {"--hidden": ["x"]}, "chosen": []}, "--hidden: "),
         ({"options": {"--hidden": 8}, "chosen": []}, ""),
         ({"options": {"--activation": "magic"}, "chosen": []}, "--activation: "),
+        ({"options": {"--center": "false"}, "chosen": []}, "--center: expected true or false, got"),
         ({"options": {"--hidden": [9]}, "chosen": []}, "model.npz: hidden1 has "),
+        ({"options": {"--hidden": [10**12]}, "chosen": []}, "run.json: is not what --out writes: "),
+        ({"options": {"--" + "x" * 999: 1}, "chosen": []}, "this script has no --xxx"),
     ],
 )
 def test_a_run_that_was_changed_is_refused(change, words, mlp_run, tmp_path, capsys):
@@ -229,4 +252,6 @@ def test_a_run_that_was_changed_is_refused(change, words, mlp_run, tmp_path, cap
     about = json.loads((mlp_run / "run.json").read_text())
     (mlp_run / "run.json").write_text(json.dumps({**about, **change}))
     np.savez(tmp_path / "x.npz", IMAGES)
-    assert words in refusal_of(mlp_run, tmp_path / "x.npz", capsys)
+    message = refusal_of(mlp_run, tmp_path / "x.npz", capsys)
+    assert words in message
+    assert len(message) < 500

@@ -15,7 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training import images
-from training.tests.conftest import damaged, outcome, peak_memory, refusal, refusal_in_time
+from training.tests.conftest import (
+    damaged,
+    outcome,
+    peak_memory,
+    refusal,
+    refusal_in_time,
+    run_python,
+)
 
 
 @pytest.fixture
@@ -268,6 +275,19 @@ def test_a_damaged_image_is_refused_or_right(tmp_path):
 
 
 @pytest.mark.usefixtures("image_module")
+def test_nothing_but_the_message_is_printed_of_a_damaged_image(tmp_path):
+    sizes = ((256, 2), (257, 2), (277, 65_282))  # width, height, channels
+    tags = b"".join(struct.pack("<HHII", tag, 3, 1, size) for tag, size in sizes)
+    many = struct.pack("<2sHIH", b"II", 42, 8, len(sizes)) + tags + bytes(4)
+    (tmp_path / "0.tif").write_bytes(many)
+    code = "from training.images import read_image; read_image('0.tif', None)"
+    done = run_python("-c", code, cwd=tmp_path)
+    message = done.stderr.splitlines()[-1]
+    assert "0.tif: cannot be read as an image: it is damaged" in message
+    assert done.stderr.startswith("Traceback"), done.stderr
+
+
+@pytest.mark.usefixtures("image_module")
 @pytest.mark.parametrize("error", [KeyError("x"), struct.error("x"), IndexError("x"), EOFError()])
 def test_whatever_pillow_raises_is_said_of_the_image(error, tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.Image.Image.convert", mock.Mock(side_effect=error))
@@ -327,6 +347,19 @@ def test_resize_of_huge_and_tiny_values_is_no_nan_and_no_warning(values, size):
     assert not np.isnan(images.resize(pixels, size)).any()
     pixels[0, 0, 1, 1] = np.inf
     images.resize(pixels, 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((1, 1, 1, 10**6), 28), ((1, 1, 1, 4_000), (1, 10**7))]
+)
+def test_resize_takes_no_memory_for_lines_that_no_image_has(shape, size):
+    pixels = np.broadcast_to(np.float32(0), shape)
+
+    def refused():
+        with pytest.raises(ValueError, match="^resize: a line of [0-9]+ pixels is too long to bec"):
+            images.resize(pixels, size)
+
+    assert peak_memory(refused) < 1_000_000
 
 
 ONE = np.ones((1, 1, 2, 2))

@@ -139,7 +139,16 @@ def test_a_model_is_where_another_training_begins(blob_file, model):
     assert all_bytes(started["out"]) == all_bytes(own["out"])
     assert all_bytes(started["hidden2"]) == all_bytes(nn.load(model)["hidden2"])
     with pytest.raises(ValueError, match="out has"):
-        loop.start_from(model, own, ["norm1"])
+        loop.start_from(model, own, own.items(), ["norm1"])
+
+
+def test_what_does_not_fit_is_refused_before_the_next_layer_takes_memory(model):
+    def layers():
+        yield "hidden1", {"W": np.zeros((162, 10**6))}
+        pytest.fail("the next layer is asked for")
+
+    with pytest.raises(ValueError, match="hidden1 has"):
+        loop.start_from(model, nn.load(model), layers())
 
 
 @pytest.mark.parametrize(
@@ -163,7 +172,7 @@ def test_init_from_refuses_what_no_layer_takes(kind, tmp_path):
     nn.save(tmp_path / "model.npz", params)
     message = f"^{tmp_path}/model.npz: out/b is {np.dtype(kind)}, expected float32 or float64"
     with pytest.raises(ValueError, match=message):
-        loop.start_from(tmp_path / "model.npz", params, [])
+        loop.start_from(tmp_path / "model.npz", params, params.items())
 
 
 # --- reports ---

@@ -201,7 +201,7 @@ def test_pictures_are_files_and_no_figure_stays_open(tmp_path):
     folder = tmp_path / "$\\plots$"
     folder.mkdir()
     labels, images = np.array([0, 1]), np.random.default_rng(0).random((2, 3, 6, 6))
-    pictures.plot_curves(folder / "curves.png", {"$": rows([1], [1], [1])}, "$\\frac$")
+    pictures.plot_curves(folder / "curves.png", {"$": rows([1], [1], [1])}, "$\\frac$ \udcff")
     pictures.draw_mistakes(folder, images, labels, np.eye(2)[::-1], ["$\\frac$", "b"])
     pictures.plot_maps(folder / "maps.png", [("$", images[0])])
     pictures.plot_fit(folder / "fit.png", np.ones((2, 1)), np.ones((2, 1)), np.ones((2, 1)))

@@ -61,6 +61,11 @@ def test_where_it_began_not_to_be_finite(network):
             assert prediction.first_not_finite(net, broken, X) == words
 
 
+def test_a_network_of_a_billion_layers_is_refused_before_it_is_built():
+    with pytest.raises(ValueError, match="^--convolutions 1000000000: these are more than 1,000 l"):
+        build_cnn(CNNOptions(convolutions=10**9), 5)
+
+
 def test_the_summary_counts_the_parameters_of_the_fifth_report():
     options = CNNOptions(
         channels=(4, 4), kernel=3, pooling="average", hidden=(), batch_norm=False, dropout=0.0
