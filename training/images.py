@@ -162,7 +162,9 @@ def stack_images(paths: list[str], size: int | None) -> np.ndarray:
             image = read_image(path, size)
             if image.shape[1:] != images.shape[2:]:
                 sizes = " and ".join(f"{i.shape[-1]}x{i.shape[-2]}" for i in (images, image))
-                raise ValueError(f"{path}: images of {sizes} pixels; --size makes them the same")
+                least = min(*images.shape[2:], *image.shape[1:])
+                advice = f"--size {least}, for example, makes them the same"
+                raise ValueError(f"{path}: images of {sizes} pixels; {advice}")
             if len(image) > images.shape[1]:
                 images = np.repeat(images, len(image), axis=1)
             images[number] = image

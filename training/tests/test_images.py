@@ -95,7 +95,7 @@ def test_a_class_may_be_called_train(tmp_path):
 @pytest.mark.usefixtures("image_module")
 def test_images_of_other_sizes_and_modes_are_brought_together(tmp_path):
     write_images(tmp_path, sizes=((9, 6), (12, 12)), modes=("L", "RGB", "P", "1"))
-    with pytest.raises(ValueError, match=r"1\.png: images of 6x9 and 12x12 pixels; --size makes"):
+    with pytest.raises(ValueError, match=r"1\.png: images of 6x9 and 12x12 pixels; --size 6, for"):
         read(tmp_path)
     data = images.read_image_folders(str(tmp_path), 5)
     assert data["x_train"].shape == (8, 3, 5, 5)
@@ -359,7 +359,7 @@ def test_resize_takes_no_memory_for_lines_that_no_image_has(shape, size):
         with pytest.raises(ValueError, match="^resize: a line of [0-9]+ pixels is too long to bec"):
             images.resize(pixels, size)
 
-    assert peak_memory(refused) < 1_000_000
+    assert peak_memory(refused) < 10_000_000  # of 224 or 320 MB
 
 
 ONE = np.ones((1, 1, 2, 2))

@@ -21,6 +21,7 @@ from training.command_line import flag_of, new_parser, options_of, parse
 from training.prediction import layers_of
 from training.tests.conftest import (
     LAST_LINE,
+    QUICK_CNN,
     REPOSITORY,
     SCRIPTS,
     run_python,
@@ -219,16 +220,27 @@ def test_commands_of_the_readmes_have_options_that_exist():
         check_command(command)
 
 
-def test_the_code_of_the_readme_makes_a_data_set_and_builds_a_network(tmp_path, monkeypatch):
+def test_the_code_of_the_readme_makes_a_data_set_and_builds_a_network(
+    tmp_path, monkeypatch, blob_file, capsys
+):
     monkeypatch.chdir(tmp_path)
+    trained = train_cnn.main(
+        [*QUICK_CNN, "--epochs", "1", "--data", blob_file, "--out", "runs/cnn"]
+    )
+    assert trained == 0
     rows = "1,2.5,large rose\n3,-4e3,iris\n" * 9
     (tmp_path / "flowers.csv").write_text(f"length,width,kind\n{rows}")
-    text, namespace = READMES[1].read_text("utf-8"), {"__name__": "readme"}
+    images = np.ones((2, 3, 30, 20), np.float32)
+    text, namespace = READMES[1].read_text("utf-8"), {"__name__": "readme", "images": images}
     for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
         exec(compile(block, "training/README.md", "exec"), namespace)
     data, _ = datasets.load_data("flowers.npz", None)
     assert data["x_train"][:2].tolist() == [[1, 2.5], [3, -4000]]
     assert data["y_train"][:2].tolist() == [1, 0]
+    assert re.fullmatch(
+        r"(\[(\('[0-3]', [0-9.]+\)(, )?){2}\])", capsys.readouterr().out.split("\n")[-2]
+    )
+    assert namespace["cnn"].forward(namespace["weights"], images[:, :, :9, :6])[0].shape == (2, 4)
     net = namespace["build"](train_mlp.MLPOptions(hidden=(3,)), 10)
     assert net.init(0, (1, 28, 28))[1] == (10,)
 
