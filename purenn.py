@@ -526,7 +526,9 @@ class Layer(_Functions):
         forward(params, x) -> (y, cache)
         backward(params, cache, dy) -> (dx, grads)
 
-    Any object with these functions is as good; they are called with arguments by position.
+    Any object with these functions is as good; they are called with arguments by position. dx has
+    the structure of x, with None for whole numbers; grads hold what is trained, and may be None for
+    a layer without params; `backward` needs no key. `check_gradients` tells whether all of it holds.
 
     Where dx is not needed, as in the first layer of a network being trained, `backward` is called
     with `need_dx=False` and may return None for dx, which saves a third of that layer's work. If it
