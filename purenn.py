@@ -528,7 +528,7 @@ class Layer(_Functions):
 
     Any object with these functions is as good; they are called with arguments by position. dx has
     the structure of x, with None for whole numbers; grads hold what is trained, and may be None for
-    a layer without params; `backward` needs no key. `check_gradients` tells whether all of it holds.
+    a layer without params; `backward` needs no key. `check_gradients` finds whatever is not so.
 
     Where dx is not needed, as in the first layer of a network being trained, `backward` is called
     with `need_dx=False` and may return None for dx, which saves a third of that layer's work. If it

@@ -3804,6 +3804,12 @@ def test_beside_a_kink_only_the_true_slope_is_right(beside):
                 nn.check_gradients(layer, {}, x)
 
 
+def test_a_curve_is_no_kink():
+    nn.check_gradients(elementwise_pair(np.exp, np.exp), {}, X)
+    with pytest.raises(AssertionError, match=r"dx\[0, 0\] is"):
+        nn.check_gradients(elementwise_pair(np.exp, lambda x: 1.00003 * np.exp(x)), {}, X)
+
+
 def test_at_a_kink_each_output_may_have_a_slope_of_its_own():
     """y = (relu(x), -relu(-x)): the slopes 0 to 1 of both, with r of any signs."""
 
