@@ -33,9 +33,10 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from copy import copy, deepcopy
 from functools import lru_cache, partial, reduce, wraps
 from operator import itemgetter
-from typing import IO, Any, Literal, NamedTuple, Protocol, TypeVar, cast
+from typing import IO, Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -525,7 +526,9 @@ class Layer(_Functions):
         forward(params, x) -> (y, cache)
         backward(params, cache, dy) -> (dx, grads)
 
-    Any object with these functions is as good; they are called with arguments by position.
+    Any object with these functions is as good; they are called with arguments by position. dx has
+    the structure of x, with None for whole numbers; grads hold what is trained, and may be None for
+    a layer without params; `backward` needs no key. `check_gradients` finds whatever is not so.
 
     Where dx is not needed, as in the first layer of a network being trained, `backward` is called
     with `need_dx=False` and may return None for dx, which saves a third of that layer's work. If it
@@ -2508,19 +2511,30 @@ def _named(where: str, layers: Sequence[LayerLike], named_layers: _Layers) -> _L
 
 
 _RETURNS = {"init": "(params, shape)", "forward": "(y, cache)", "backward": "(dx, grads)"}
+_ARRAYS = (np.ndarray, np.generic, dict)
 
 
-def _two_results(what: str, results: Any) -> tuple[Any, Any]:
-    """What a function of a layer returned; refused unless there are two of them."""
+def _two_results(what: str, results: Any, params: Tree) -> tuple[Any, Any]:
+    """What a function of a layer returned; refused unless it is two things of the right kind."""
     if not isinstance(results, (tuple, list)) or len(results) != 2:
-        raise TypeError(f"{what} must return {_RETURNS[what]}, got {_kind(results)}")
-    return results[0], results[1]
+        number = f" of {len(results)}" if isinstance(results, (tuple, list)) else ""
+        raise TypeError(f"{what} must return {_RETURNS[what]}, got {_kind(results)}{number}")
+    first, second = results
+    if what == "forward" and not isinstance(first, _ARRAYS):
+        raise TypeError(f"forward must return (y, cache), y an array, got {_kind(first)}")
+    if what == "backward":
+        without = second is None and params.keys() <= {"key"}  # grads of a layer without params
+        if not isinstance(second, dict) and not without:
+            raise TypeError(f"backward must return (dx, grads), grads a dict, got {_kind(second)}")
+        if first is not None and not isinstance(first, _ARRAYS):
+            raise TypeError(f"backward must return (dx, grads), dx an array, got {_kind(first)}")
+    return first, second
 
 
 def _call_child(name: str, what: str, function: Any, *arguments: Any) -> tuple[Any, Any]:
     """The two results of a child's function; its errors are prefixed with its name."""
     try:
-        return _two_results(what, function(*arguments))
+        return _two_results(what, function(*arguments), arguments[0])
     except (ValueError, TypeError) as error:
         if type(error) not in (ValueError, TypeError):  # others may not take a message alone
             raise
@@ -3435,53 +3449,314 @@ def reduce_on_plateau(
 
 # === Gradient checking ==========================================================================
 
+# Every layer of a network is checked by itself, with the input that it gets there, and the layers
+# inside of others first. So what is found wrong is its own fault, not that of its neighbors.
+
 _SAMPLES = 40  # entries of one array that are compared one by one, when it has more
 _STEP = 3e-6  # near the cube root of float64's precision, where central differences are best
+_REPEATS = 10  # calls that must all give the same bits
+
+
+class _Part(NamedTuple):
+    """A layer of a network, and what it was given there."""
+
+    path: str  # the names on the way to it, as in "block: branch: "
+    layer: Any
+    fresh: Any  # a copy that was never called; None where there can be none
+    inputs: Tree  # {"params": params, "x": x}
+    y: Any  # the bits of what forward returned there
+    error: Exception | None  # or raised
+    made_of_layers: bool  # which are parts as well
+
+    def refuse(self, words: str) -> NoReturn:
+        raise AssertionError(f"check_gradients: {self.path}{words}")
+
+
+def _copy(value: Any, writeable: bool = False) -> Any:
+    """A copy of all arrays in dicts, tuples and lists; by default writing to them is an error."""
+    if isinstance(value, np.ndarray):
+        frozen = isinstance(value.base, np.ndarray) and not value.base.flags.writeable
+        if writeable or not frozen:
+            value = value.copy(order="K")
+        value.flags.writeable = writeable
+        return value if writeable else value.view()  # of which nobody can change that flag
+    if isinstance(value, dict):
+        tree = copy(value)
+        tree.update({name: _copy(part, writeable) for name, part in value.items()})
+        return tree
+    if isinstance(value, (tuple, list)):
+        parts = [_copy(part, writeable) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def _bits(value: Any) -> Any:
+    """What is equal for two values only if all their bits are."""
+    if isinstance(value, (dict, tuple, list)):
+        return {name: _bits(part) for name, part in _parts(value).items()}
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.dtype, value.shape, value.tobytes()
+    return repr(value) if isinstance(value, (int, float, complex, str)) else id(value)
+
+
+def _leaves(path: str, tree: Any) -> Tree:
+    """{path: leaf} of what may be a tree, with any names, or a single leaf."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    parts = [_leaves(f"{path}/{name}", part) for name, part in tree.items()]
+    return {own: leaf for part in parts for own, leaf in part.items()}
+
+
+# --- the layers of a network, and what each is given ---
+
+
+def _note(
+    params: Tree, x: Data, *, path: str, layer: Any, fresh: Any, forward: Forward, parts: Any
+) -> tuple[Data, Any]:
+    """The forward of a layer, which adds it and its inputs to the parts, after those inside."""
+    inputs, before = _copy({"params": params, "x": x}), len(parts)
+    results: Any = None
+    error = None
+    try:
+        results = forward(*_copy(inputs).values())
+        return results
+    except Exception as caught:
+        error = caught
+        raise
+    finally:
+        y = _bits(_parts(results).get("[0]"))
+        part = _Part(path, layer, fresh, inputs, y, error, len(parts) > before)
+        shapes = {name: getattr(leaf, "shape", None) for name, leaf in _leaves("x", x).items()}
+        parts.setdefault(f"{path}{shapes}", part)
+
+
+def _watch(layer: Any, path: str, parts: dict[str, _Part]) -> Any:
+    """The layer, but it and the layers that it is made of add themselves to the parts."""
+    forward, fresh = layer.forward, None
+    if isinstance(forward, partial):
+        forward = partial(forward.func, *forward.args, **_watch_all(forward.keywords, path, parts))
+    with contextlib.suppress(Exception):
+        fresh = deepcopy(layer)
+    known = {"path": path, "layer": layer, "fresh": fresh, "forward": forward, "parts": parts}
+    watched = Layer(identity_init, partial(_note, **known), layer.backward)
+    with contextlib.suppress(Exception):  # whatever else it has, such as options, it still has
+        other = copy(layer)
+        if other is not layer:
+            object.__setattr__(other, "forward", watched.forward)
+            return other
+    return watched
+
+
+def _watch_all(options: dict[Any, Any], path: str, parts: dict[str, _Part]) -> dict[Any, Any]:
+    """Options of a layer, with every layer among them watched."""
+    watched = dict(options)
+    for name, option in options.items():
+        if hasattr(option, "forward") and hasattr(option, "backward"):
+            watched[name] = _watch(option, f"{path}{name}: ", parts)
+        elif isinstance(option, dict):
+            watched[name] = _watch_all(option, path, parts)
+        elif type(option) in (tuple, list):
+            several = _watch_all(dict(enumerate(option)), path, parts)
+            watched[name] = type(option)(several.values())
+    return watched
+
+
+# --- the rules of the pair ---
+
+
+def _written_into(function: Callable[..., Any], arguments: Tree) -> str | None:
+    """The argument that a function cannot do without writing into, if there is one."""
+    for name in (None, *arguments):
+        given = {own: _copy(value, own != name) for own, value in arguments.items()}
+        try:
+            function(*given.values())
+        except Exception as error:
+            if re.search("read-only|WRITEABLE", str(error)):
+                return name or "what an earlier call was given"
+    return None
+
+
+def _call(part: _Part, what: str, arguments: Tree, writeable: bool = False) -> tuple[Any, Any]:
+    """The two results of a layer's function; refused if it writes or returns something else."""
+    function, given = getattr(part.layer, what), _copy(arguments, writeable)
+    try:
+        results = function(*given.values())
+    except Exception as error:
+        if name := _written_into(function, arguments):
+            part.refuse(f"{what} writes into {name}")
+        part.refuse(f"{what} raises {type(error).__name__}: {error}")
+    for name, value in given.items() if writeable else ():
+        if _bits(value) != _bits(arguments[name]):
+            part.refuse(f"{what} writes into {name}")
+    try:
+        return _two_results(what, results, arguments["params"])
+    except TypeError as error:
+        part.refuse(str(error))
+
+
+def _forward(part: _Part, inputs: Tree, writeable: bool = False) -> tuple[Data, Any]:
+    y, cache = _call(part, "forward", inputs, writeable)
+    for path, leaf in (_leaves("y", y) or {"y": y}).items():
+        if not _is_array(leaf) or leaf.dtype != np.float64:
+            part.refuse(f"{path} must be float64 like x, got {_kind(leaf)}")
+    return y, cache
+
+
+def _backward(part: _Part, params: Tree, cache: Any, dy: Data, writeable: bool = False) -> Tree:
+    arguments = {"params": params, "cache": cache, "dy": dy}
+    dx, grads = _call(part, "backward", arguments, writeable)
+    return {"dx": dx, "grads": {} if grads is None else grads}
+
+
+def _both_ways(part: _Part, inputs: Tree, dy: Data, writeable: bool = False) -> Tree:
+    """{"y": y, "cache": cache, "dx": dx, "grads": grads}; backward is given no key."""
+    y, cache = _forward(part, inputs, writeable)
+    params = {name: value for name, value in inputs["params"].items() if name != "key"}
+    return {"y": y, "cache": cache, **_backward(part, params, cache, dy, writeable)}
+
+
+def _check_bits(part: _Part, results: Tree, expected: Tree, when: str) -> None:
+    for name, result in results.items():
+        if name != "cache" and _bits(result) != expected[name]:
+            function = "forward" if name == "y" else "backward"
+            part.refuse(f"{function} gives another {name} {when}")
+
+
+def _check_purity(part: _Part, other: Tree, dy: Data) -> Tree:
+    """What the layer returns; refused if earlier calls change that, or later ones."""
+    inputs, again = part.inputs, "when it is called again"
+    with contextlib.suppress(Exception):  # the layer may refuse what is not its real input
+        _both_ways(part, other, dy)
+    first = _both_ways(part, inputs, dy, writeable=True)
+    _gradients(part, inputs, first)
+    bits = {name: _bits(result) for name, result in first.items()}
+    _check_bits(part, {"y": first["y"]}, {"y": part.y}, again)
+    with contextlib.suppress(Exception):
+        _both_ways(part, other, tree_map(np.negative, dy))
+    for name, result in first.items():
+        if _bits(result) != bits[name]:
+            part.refuse(f"a later call overwrites the {name} of an earlier one")
+    _check_bits(part, _backward(part, inputs["params"], first["cache"], dy), bits, again)
+    for _ in range(1 if part.made_of_layers else _REPEATS):
+        _check_bits(part, _both_ways(part, inputs, dy), bits, again)
+    if part.fresh is not None:
+        fresh = _both_ways(part._replace(layer=part.fresh), inputs, dy)
+        _check_bits(part, fresh, bits, "than a copy that was never called before")
+    lazy = Layer(identity_init, part.layer.forward, partial(_without_dx, part.layer.backward))
+    grads = _backward(part._replace(layer=lazy), inputs["params"], first["cache"], dy)["grads"]
+    _check_bits(part, {"grads": grads}, bits, "with need_dx=False")
+    return first
+
+
+def _gradients(part: _Part, inputs: Tree, results: Tree) -> Tree:
+    """{name: (array, its gradient)} of x and all that is trained; 0 for what grads lack."""
+    gradients = {**_leaves("dx", results["dx"]), **_leaves("grads", results["grads"])}
+    arrays = {**_leaves("dx", inputs["x"]), **_leaves("grads", inputs["params"])}
+    untrained = {f"grads/{path}" for path, *_ in _statistics(inputs["params"], results["cache"])}
+    found = {}
+    for name, array in arrays.items():
+        if name in untrained or getattr(array, "dtype", None) != np.float64:
+            continue
+        gradient = gradients.pop(name, None if name[0] == "d" else np.zeros(array.shape))
+        if getattr(gradient, "dtype", None) != np.float64:
+            part.refuse(f"{name} must be a float64 array, got {_kind(gradient)}")
+        if gradient.shape != array.shape:
+            part.refuse(f"{name} has shape {gradient.shape}, expected {array.shape}")
+        found[name] = array, np.asarray(gradient)
+    for name, gradient in gradients.items():
+        if name[0] == "g":
+            part.refuse(f"grads have {name[6:]!r}, which is no trained entry of params")
+        if gradient is not None:
+            part.refuse(f"{name} must be None, got {_kind(gradient)}")
+    return found
+
+
+def _at(position: Any, array: Array) -> str:
+    return f"[{', '.join(str(int(i)) for i in np.unravel_index(position, array.shape))}]"
+
+
+def _rounding(part: _Part, first: Tree, dy: Data) -> dict[str, float]:
+    """{name: the rounding error to expect in it}; refused if backward is not linear in dy.
+
+    Times a power of two only exponents change. Times 3 it is all rounded anew, which shows how much
+    that is: a lot, where terms cancel.
+    """
+    expected, rounding = _gradients(part, part.inputs, first), {}
+    for factor in (-(2.0**20), 2.0**-20, 3.0):
+        times = tree_map(partial(np.multiply, factor), dy)
+        scaled = {**first, **_backward(part, part.inputs["params"], first["cache"], times)}
+        for name, (_, gradient) in _gradients(part, part.inputs, scaled).items():
+            once = expected[name][1]
+            error = np.nan_to_num(np.abs(gradient / factor - once), nan=0, posinf=0)
+            rounding[name] = 10 * float(error.max(initial=0))
+            largest = np.abs(once[np.isfinite(once)]).max(initial=1e-300)
+            if factor != 3 and rounding[name] > 1e-4 * largest:
+                worst = int(error.argmax())
+                both = f"{once.flat[worst]:.10g} for dy, but {gradient.flat[worst]:.10g} for"
+                words = f"{both} {factor:.7g} dy, so backward is not linear in dy"
+                part.refuse(f"{name}{_at(worst, once)} is {words}")
+    return rounding
+
+
+# --- central differences ---
 
 
 def _vector(y: Data) -> Array:
     """All entries of an array, or of those of a tree, one after the other."""
-    return np.concatenate([leaf.ravel() for leaf in tree_flatten({"y": y}).values()])
+    return np.concatenate([leaf.ravel() for leaf in _leaves("y", y).values()])
 
 
 class _Probe(NamedTuple):
-    """Σ y · r as a function of one of the inputs, whose slopes are to be measured."""
+    """Every y · r as a function of one of the inputs, whose slopes are to be measured."""
 
-    layer: Any
-    inputs: Tree  # {"params": params, "x": x}
-    path: str  # the input that is moved, as "x" or "params/hidden/W"
-    array: Array
+    part: _Part
+    inputs: Tree
+    name: str  # of the gradient, as "dx" or "grads/hidden/W"
+    array: Array  # the input that is moved
+    y: Array
     r: Array
 
-    def output(self, positions: Any, change: Array | float) -> Array:
-        moved = self.array.copy()
-        moved.reshape(-1)[positions] += change
-        inputs = _replace(self.inputs, self.path, moved)
-        return _vector(self.layer.forward(inputs["params"], inputs["x"])[0])
+    def slopes(self, positions: Any, change: Any, step: float) -> Array:
+        """The slopes to one side, in the direction of the change."""
+        moved = self.array.copy(order="K")
+        moved.flat[positions] += step * change
+        what, slash, path = self.name.partition("/")
+        inputs = _replace(self.inputs, {"dx": "x", "grads": "params"}[what] + slash + path, moved)
+        y, _ = self.part.layer.forward(*inputs.values())
+        return (_vector(y) - self.y) * self.r / step
 
-    def slope(self, positions: Any, direction: Array | float, step: float) -> float:
-        """The central difference along a direction."""
-        higher = self.output(positions, step * direction)
-        lower = self.output(positions, -step * direction)
-        return float(((higher - lower) * self.r).sum()) / (2 * step)
+    def sides(self, position: int, step: float) -> tuple[float, float, float]:
+        """The lower and the higher slope of each output, summed; how far rounding moves them."""
+        right, left = self.slopes(position, 1.0, step), -self.slopes(position, -1.0, step)
+        low, high = float(np.minimum(left, right).sum()), float(np.maximum(left, right).sum())
+        weighted = self.y / step * self.r
+        noise = np.linalg.norm(weighted) + 100 * np.linalg.norm(weighted[right != 0])
+        noise += abs(self.array.flat[position]) / step * max(-low, high) + 100 * np.abs(right).sum()
+        return low, high, float(noise) * float(np.finfo(np.float64).eps)
+
+    def scale(self) -> float:
+        return float(np.abs(self.array).max(initial=0)) or 1.0
 
 
-def _suspect(probe: _Probe, analytic: Array, direction: Array) -> int:
+def _error(probe: _Probe, gradient: Array, direction: Array, positions: Array) -> float:
+    """How far the gradient is off along a direction, as far as these positions are concerned."""
+    change = direction[positions]
+    step = _STEP * probe.scale() / math.sqrt(len(positions))
+    slopes = probe.slopes(positions, change, step) - probe.slopes(positions, -change, step)
+    return float(slopes.sum()) / 2 - float(gradient[positions] @ change)
+
+
+def _suspect(probe: _Probe, gradient: Array, direction: Array) -> int:
     """A position that is probably wrong, found by bisection.
 
     One wrong entry changes the slope along a direction that moves every entry; the half whose
     slope is further off is searched next, so few slopes suffice, however many entries there are.
     """
-
-    def error(positions: Array) -> float:
-        slope = probe.slope(positions, direction[positions], _STEP / math.sqrt(len(positions)))
-        return slope - float(analytic[positions] @ direction[positions])
-
-    positions = np.arange(len(analytic))
-    total = error(positions)
+    positions = np.arange(len(gradient))
+    total = _error(probe, gradient, direction, positions)
     while len(positions) > 1:
         first, second = np.array_split(positions, 2)
-        of_first = error(first)
+        of_first = _error(probe, gradient, direction, first)
         if abs(of_first) >= abs(total - of_first):
             positions, total = first, of_first
         else:
@@ -3489,48 +3764,127 @@ def _suspect(probe: _Probe, analytic: Array, direction: Array) -> int:
     return int(positions[0])
 
 
-def _compare(probe: _Probe, analytic: Array, y: Array, rtol: float, key: Key) -> None:
-    """AssertionError where backward and central differences disagree."""
-    name = f"d{probe.path}" if probe.path[0] == "x" else probe.path.replace("params", "grads", 1)
-    if analytic.shape != probe.array.shape:
-        but = f"but what it is the gradient of has {probe.array.shape}"
-        raise AssertionError(f"check_gradients: {name} has shape {analytic.shape}, {but}")
-    flat = np.asarray(analytic, np.float64).reshape(-1)
+def _difference(
+    probe: _Probe, position: int, gradient: float, rtol: float, rounding: float
+) -> float | None:
+    """The central difference, if the gradient disagrees with it."""
+    low, high, error = probe.sides(position, _STEP * probe.scale())
+    largest = max(-low, high, abs(gradient))
+    smooth = max(high - low, 100 * error) <= 1e-3 * largest or largest == 0
+    if smooth and abs((low + high) / 2 - gradient) <= rtol * largest < math.inf:
+        return None
+    slope, agrees = _with_many_steps(probe, position, gradient, rtol, rounding)
+    return None if agrees and math.isfinite(gradient) else slope
+
+
+def _with_many_steps(
+    probe: _Probe, position: int, gradient: float, rtol: float, rounding: float
+) -> tuple[float, bool]:
+    """The most certain central difference, and whether the gradient agrees with a certain one.
+
+    A slope is certain if it hardly changes from one step to the next: large steps reach over a kink
+    nearby, small ones drown in rounding. Where the gap between the slopes of both sides stays as
+    well, there is a kink, such as relu's at 0, and whatever lies between them, output by output, is
+    right.
+    """
+    scale, largest_y = probe.scale(), float(np.abs(probe.y[np.isfinite(probe.y)]).max(initial=0))
+    top = 256 * _STEP * min(max(scale, 1.0, largest_y), 1e30)
+    bottom = max(1e-30, 1e-15 * abs(probe.array.flat[position]))
+    steps = top / 16.0 ** np.arange(2 + max(0, math.log(top / bottom, 16)))
+    low, high, error = np.array([probe.sides(position, step) for step in steps]).T
+    slopes, gaps, sizes = (low + high) / 2, high - low, np.maximum(-low, high)[1:]
+    changes = np.append(np.abs(np.diff(slopes)), 0)
+    seen = np.fmax(sizes, abs(gradient))
+    seen[seen == 0] = np.fmax.reduce(sizes)
+    uncertain = (changes[:-1] + error[1:]) / seen
+    uncertain = np.where(np.isfinite(uncertain), uncertain, np.inf)
+    best = int(np.argmin(uncertain))
+    rounding += 1e-16 * largest_y / scale
+    if 0.5 < uncertain[best] < math.inf:  # all that can be said is how large it is
+        return 0.0, abs(gradient) <= 10 * np.fmax.reduce(sizes) + np.fmin.reduce(error) + rounding
+    tolerance = rtol * seen + error[1:] + rounding + np.fmax(changes[:-1], changes[1:])
+    kink = gaps[1:] > gaps[:-1] / 4
+    least, most = np.where(kink, (low[1:], high[1:]), slopes[1:])
+    agrees = (least - tolerance <= gradient) & (gradient <= most + tolerance)
+    certain = (uncertain <= 10 * rtol) | (np.arange(len(sizes)) == best)
+    return float(slopes[best + 1]), bool((agrees & certain).any())
+
+
+def _mismatch(probe: _Probe, gradient: Array, rtol: float, rounding: float, key: Key) -> str | None:
+    """Where backward and central differences disagree, if they do."""
+    flat = gradient.reshape(-1)
+    samples = _SAMPLES // 4 if probe.part.made_of_layers else _SAMPLES
     positions = np.flatnonzero(~np.isfinite(flat))[:1]
-    if flat.size <= _SAMPLES:
+    if flat.size <= samples:
         positions = np.arange(flat.size)
     elif not positions.size:
         generator = _generator(key)
-        direction = generator.choice([-1.0, 1.0], flat.size)
-        chosen = generator.choice(flat.size, _SAMPLES, replace=False)
+        direction = generator.choice([-1.0, 1.0], flat.size) * generator.uniform(0.9, 1, flat.size)
+        chosen = generator.choice(flat.size, samples, replace=False)
         positions = np.unique(np.append(chosen, _suspect(probe, flat, direction)))
     for position in positions:
-        step = _STEP * max(1.0, abs(float(probe.array.reshape(-1)[position])))
-        slope = probe.slope(position, 1.0, step)
-        rounding = 100 * np.finfo(np.float64).eps * float(np.linalg.norm(y * probe.r)) / step
-        tolerance = rtol * max(abs(slope), abs(flat[position])) + rounding
-        finite = math.isfinite(flat[position])
-        if finite and abs(slope - flat[position]) <= tolerance:
-            continue
-        # At a kink, such as relu's at 0, anything between the two one-sided slopes is right.
-        right = float(((probe.output(position, step) - y) * probe.r).sum()) / step
-        left = 2 * slope - right
-        lower, upper = min(left, right) - tolerance, max(left, right) + tolerance
-        if finite and lower <= flat[position] <= upper:
-            continue
-        index = ", ".join(str(int(i)) for i in np.unravel_index(position, probe.array.shape))
-        both = f"{flat[position]:.10g} by backward, but {slope:.10g} by central differences"
-        raise AssertionError(f"check_gradients: {name}[{index}] is {both}")
+        slope = _difference(probe, position, float(flat[position]), rtol, rounding)
+        if slope is not None:
+            both = f"{flat[position]:.10g} by backward, but {slope:.10g} by central differences"
+            return f"{probe.name}{_at(position, gradient)} is {both}"
+    return None
+
+
+def _compare(
+    part: _Part, inputs: Tree, dy: Data, rtol: float, rounding: dict[str, float], key: Key
+) -> str | None:
+    """Where any of the gradients disagrees with central differences."""
+    results = _both_ways(part, inputs, dy)
+    y, r = _vector(results["y"]), _vector(dy)
+    gradients = _gradients(part, inputs, results)
+    for index, (name, (array, gradient)) in enumerate(gradients.items()):
+        probe, own = _Probe(part, inputs, name, array, y, r), fold_key(key, index)
+        if wrong := _mismatch(probe, gradient, rtol, rounding[name], own):
+            return wrong
+    return None
+
+
+# --- all of it ---
+
+
+def _moved(generator: np.random.Generator, leaf: Any) -> Any:
+    """Floats that are a little higher; whole numbers in another order."""
+    if not isinstance(leaf, np.ndarray) or leaf.dtype.kind != "f":
+        return np.roll(leaf, 1, axis=0) if np.ndim(leaf) else leaf
+    largest = float(np.abs(leaf).max(initial=0)) or 1.0
+    return leaf + 0.01 * largest * generator.random(leaf.shape)
+
+
+def _nearby(inputs: Tree, key: Key) -> Tree:
+    """Other params and x, close to these; the same key for training."""
+    moved: Tree = tree_map(partial(_moved, _generator(key)), inputs)
+    if "key" in inputs["params"]:
+        moved["params"]["key"] = inputs["params"]["key"]
+    return moved
+
+
+def _check_part(part: _Part, rtol: float, key: Key) -> None:
+    """Refuse a layer that is wrong by itself, at the inputs that it was given."""
+    if part.error is not None:  # which may be the fault of what came before
+        if name := _written_into(part.layer.forward, part.inputs):
+            part.refuse(f"forward writes into {name}")
+        return
+    shapes = tree_map(np.shape, _forward(part, part.inputs, writeable=True)[0])
+    dy = _copy(tree_map(np.asarray, tree_map(_generator(key).standard_normal, shapes)))
+    other = _nearby(part.inputs, key)
+    first = _check_purity(part, other, dy)
+    rounding = _rounding(part, first, dy)
+    wrong = _compare(part, part.inputs, dy, rtol, rounding, key)
+    if wrong and part.made_of_layers:  # where kinks of several meet no rule is right
+        wrong = _compare(part, other, dy, rtol, rounding, key)
+    if wrong:
+        part.refuse(wrong)
 
 
 def _float64(leaf: Any) -> Any:
     """A leaf in float64 if it holds floats; others, like keys, as they are."""
     array = np.asarray(leaf)
-    if array.dtype.kind != "f":
-        return leaf
-    array = array.astype(np.float64)
-    array.flags.writeable = False  # a layer that writes to its input fails at that very line
-    return array
+    return array.astype(np.float64) if array.dtype.kind == "f" else leaf
 
 
 @_quiet
@@ -3540,39 +3894,34 @@ def check_gradients(
     """Compare `backward` with central differences in float64, for dx and every entry of grads.
 
     `layer` is anything with forward(params, x) -> (y, cache) and backward(params, cache, dy) ->
-    (dx, grads); x and y are arrays or dicts of arrays. What is compared is the gradient of Σ y · r,
-    r random from `key`. An array of many entries is sampled, and searched by bisection for a wrong
-    one. For training mode give `training(params, key)`.
+    (dx, grads); x and y are arrays or dicts of arrays. Each layer of a network is checked by
+    itself, with the input that it gets there, then the network as a whole. What is compared is the
+    gradient of Σ y · r, r random from `key`. An array of many entries is sampled, and searched by
+    bisection for a wrong one. For training mode give `training(params, key)`.
 
-    AssertionError names the entry, its index and both values; it is also raised when a gradient
-    has the wrong shape, when y depends on an entry that grads lack, and for grads that params
-    lack. Where y has a kink, any slope between those of its two sides is accepted.
+    AssertionError names the layer that is wrong, the entry, its index and both values; where y has
+    a kink, any slope between those of its two sides is right. It is also raised for a layer that
+    writes into its arguments or into earlier results, gives other bits when it is called again, is
+    not linear in dy, or returns the wrong number of things or one of the wrong kind, shape or name:
+    dx and grads are float64, grads hold what is trained, and dx of whole numbers is None.
     """
     rtol = _number("check_gradients", "rtol", rtol, above=0)
     _check_layer("check_gradients", "layer", layer, ("forward", "backward"))
     _arrays("check_gradients", "x", {"x": x})
     params = {} if params is None else params
     _check_kind("check_gradients", "params", params, dict)
-    inputs = tree_map(_float64, {"params": params, "x": x})
-    y, cache = _two_results("forward", layer.forward(inputs["params"], inputs["x"]))
-    for path, leaf in tree_flatten({"y": y}).items():
-        if not isinstance(leaf, np.ndarray) or leaf.dtype != np.float64:
-            kind = _kind(leaf)
-            raise AssertionError(f"check_gradients: {path} must be float64 like x, got {kind}")
-    r = tree_map(_float64, tree_map(_generator(key).standard_normal, tree_map(np.shape, y)))
-    dx, grads = _two_results("backward", layer.backward(inputs["params"], cache, r))
-    slopes = tree_flatten({"params": grads or {}, "x": dx})
-    leaves = tree_flatten(inputs)
-    arrays = {path: leaf for path, leaf in leaves.items() if np.asarray(leaf).dtype == np.float64}
-    for path in slopes:
-        if path not in arrays and path.startswith("params/"):
-            raise AssertionError(f"check_gradients: grads have {path[7:]!r}, but params do not")
-    untrained = {f"params/{path}" for path, *_ in _statistics(params, cache)}
-    for index, (path, array) in enumerate(arrays.items()):
-        if path in slopes or path not in untrained:
-            analytic = slopes.get(path, np.zeros(array.shape))  # what is missing counts as zero
-            probe = _Probe(layer, inputs, path, array, _vector(r))
-            _compare(probe, np.asarray(analytic), _vector(y), rtol, fold_key(key, index))
+    inputs = _copy(tree_map(_float64, {"params": params, "x": x}))
+    parts: dict[str, _Part] = {}
+    watched = _watch(layer, "", parts)
+    # First with other inputs: what a layer keeps of its first call will then be wrong.
+    for given in (_nearby(inputs, key), inputs):
+        parts.clear()
+        with contextlib.suppress(Exception):
+            watched.forward(*given.values())
+    for part in parts.values():
+        _check_part(part, rtol, key)
+    if part.error is not None:
+        raise part.error
 
 
 # === Training helpers ===========================================================================
@@ -3585,9 +3934,10 @@ ValueAndGrad = Callable[[Tree, Data, Data], tuple[float, Tree, Any]]
 def _value_and_grad(
     params: Tree, x: Data, target: Data, *, net: Differentiable, loss: Loss
 ) -> tuple[float, Tree, Any]:
-    prediction, cache = _two_results("forward", net.forward(params, x))
+    prediction, cache = _two_results("forward", net.forward(params, x), params)
     value, dprediction = loss(prediction, target)
-    _, grads = _two_results("backward", _without_dx(net.backward, params, cache, dprediction))
+    results = _without_dx(net.backward, params, cache, dprediction)
+    _, grads = _two_results("backward", results, params)
     return value, grads, cache
 
 
@@ -3892,7 +4242,7 @@ def _noting_init(key: Key, shape: Any, *, layer: Any, path: str, rows: list[Any]
     """`layer.init`, which also adds the rows of `summary` for this layer, or for those in it."""
     layers = _option(layer.init, "layers")
     if not isinstance(layers, dict):
-        params, out = _two_results("init", layer.init(key, shape))
+        params, out = _two_results("init", layer.init(key, shape), {})
         rows.append((path[1:], _kind_of(layer), str(out), f"{count_parameters(params):,}"))
         return params, out
     noting = {}
