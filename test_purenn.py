@@ -41,7 +41,7 @@ from hypothesis import strategies as st
 import purenn as nn
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
-QUICK = settings(derandomize=True, deadline=None, max_examples=13, database=None)
+QUICK = settings(derandomize=True, deadline=None, max_examples=11, database=None)
 settings.register_profile("ci", QUICK, suppress_health_check=SLOW)
 settings.register_profile("wide", deadline=None, max_examples=300)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
