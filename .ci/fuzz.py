@@ -110,7 +110,12 @@ def valid_arrays() -> list[bytes]:
 def valid_datasets() -> list[bytes]:
     """Keras-style archives."""
     files = []
-    for shape, kind in (((3, 2, 2), "u1"), ((3, 2, 2, 3), "f8"), ((3, 1, 2, 2), "?")):
+    for shape, kind in (
+        ((3, 2, 2), "u1"),
+        ((3, 2, 2, 3), "f8"),
+        ((3, 1, 2, 2), "?"),
+        ((3, 4), "f4"),
+    ):
         images, labels = np.ones(shape, kind), np.array([[0], [1], [0]])
         parts = {"x_train": images, "y_train": labels, "x_test": images[:2], "y_test": labels[:2]}
         members = [(f"{name}.npy", npy(array)) for name, array in parts.items()]

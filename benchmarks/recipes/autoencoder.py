@@ -20,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # where purenn.py is
 import purenn as nn
-from training.datasets import load_data
+from training.datasets import choose_test, load_data
 from training.pictures import pyplot
 from training.prediction import predict
 
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     nn.keep_freed_memory()
-    data, _ = load_data(options.data, None)
+    data = choose_test(load_data(options.data, None)[0], None)
     images, test = data["x_train"], data["x_test"]
     halves = build(options.code)
     net = nn.sequential(**halves)

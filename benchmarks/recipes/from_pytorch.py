@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # where purenn.py is
 import purenn as nn
-from training.datasets import load_data
+from training.datasets import choose_test, load_data
 from training.prediction import predict
 
 try:
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     nn.keep_freed_memory()
     torch.manual_seed(0)
-    data, _ = load_data(options.data, None)
+    data = choose_test(load_data(options.data, None)[0], None)
     images, labels = data["x_train"][:20_000], data["y_train"][:20_000]
     net, model = build(), build_torch()
 

@@ -20,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # where purenn.py is
 import purenn as nn
-from training.datasets import load_data
+from training.datasets import choose_test, load_data
 
 COLUMNS = "recall unweighted", "accuracy unweighted", "recall weighted", "accuracy weighted"
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", metavar="DIR", type=pathlib.Path, help="for imbalance.csv")
     options = parser.parse_args(arguments)
     started = time.perf_counter()
-    data, _ = load_data(options.data, None)
+    data = choose_test(load_data(options.data, None)[0], None)
     rows = []
     for seed in range(options.seeds):
         index = choose(data["y_train"], options.rare, options.samples, seed)

@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # where purenn.py is
 import purenn as nn
-from training.datasets import load_data
+from training.datasets import choose_test, load_data
 
 WEIGHTS = {"digit": 1.0, "total": 0.5}  # of the two losses, in their sum
 
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     nn.keep_freed_memory()
-    data, _ = load_data(options.data, None)
+    data = choose_test(load_data(options.data, None)[0], None)
     net = build()
     params = train(net, *orders(data["x_train"], data["y_train"], 1), options.epochs)
     x, target = orders(data["x_test"], data["y_test"], 2)
