@@ -441,6 +441,7 @@ def test_results_have_the_shapes_dtypes_and_names_of_what_they_belong_to(name, d
 
 
 @every_layer
+@settings(max_examples=6)
 @given(data=st.data())
 def test_y_and_dx_have_the_dtype_of_x_whatever_that_of_params_and_dy(name, data):
     case = data.draw(cases(name, dtypes=[np.float64]))
@@ -456,7 +457,7 @@ def test_y_and_dx_have_the_dtype_of_x_whatever_that_of_params_and_dy(name, data)
 
 
 @every_layer
-@settings(max_examples=12)
+@settings(max_examples=9)
 @given(data=st.data())
 def test_gradients_are_those_of_central_differences(name, data):
     layer, params, x, *_ = data.draw(cases(name, dtypes=[np.float64]))
@@ -555,6 +556,7 @@ def test_the_gradient_of_a_batch_is_the_sum_over_its_parts(name, data):
 
 
 @every_layer
+@settings(max_examples=6)
 @given(data=st.data())
 def test_init_is_pure_and_float32_and_depends_on_its_key(name, data):
     layer, shape = data.draw(LAYERS[name].samples)
@@ -568,6 +570,7 @@ def test_init_is_pure_and_float32_and_depends_on_its_key(name, data):
 
 
 @every_layer
+@settings(max_examples=4)
 @given(data=st.data())
 def test_an_empty_batch_passes_at_inference(name, data):
     layer, params, x, y_shape, *_ = data.draw(cases(name, modes=[False]))
@@ -581,6 +584,7 @@ def test_an_empty_batch_passes_at_inference(name, data):
 
 
 @every_layer
+@settings(max_examples=6)
 @given(data=st.data())
 def test_leaving_out_dx_leaves_the_grads_as_they_are(name, data):
     layer, params, x, *_ = data.draw(cases(name))
@@ -2051,6 +2055,7 @@ def test_grads_are_the_same_without_dx_in_any_network(data):
 
 
 @every_layer
+@settings(max_examples=4)
 @given(data=st.data())
 def test_repr_of_a_layer_is_the_code_that_makes_it(name, data):
     layer, params, x, _, shape, _ = data.draw(cases(name))
@@ -4806,7 +4811,7 @@ def extreme_tree(draw, tree, dtype, others=()):
 @every_layer
 @every_dtype
 @pytest.mark.usefixtures("no_warnings")
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_layers_take_values_of_any_size_without_a_warning(name, dtype, data):
     layer, params, x, *_ = data.draw(cases(name, dtypes=[dtype]))
@@ -4927,7 +4932,7 @@ def test_what_overflows_is_inf_without_a_warning_also_in_a_users_layer_and_loss(
 @every_optimizer
 @every_dtype
 @pytest.mark.usefixtures("no_warnings")
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_optimizers_take_gradients_of_any_size(name, dtype, data):
     constructor, _, _, options = OPTIMIZERS[name]
@@ -6235,15 +6240,15 @@ def test_load_refuses_a_file_cut_off_anywhere(small):
         assert damaged(path, tree) or length >= len(whole) - comment
 
 
-def test_load_survives_every_flipped_bit(small):
+def test_load_survives_flipped_bits(small):
     path, whole, tree = small
     found = 0
-    for position in range(len(whole) * 8):
+    for position in range(0, len(whole) * 8, 3):  # of every byte two or three
         broken = bytearray(whole)
         broken[position // 8] ^= 1 << position % 8
         path.write_bytes(broken)
         found += damaged(path, tree)
-    assert found > len(whole) * 4
+    assert found > len(whole) * 4 / 3
 
 
 @pytest.mark.parametrize("name", list("cdefghij"))
