@@ -3103,7 +3103,7 @@ WRONG_GRADIENTS = {  # name: (what is done to the gradients, size of W, what is 
     "zero": ({"b": np.zeros_like}, (3, 3), r"grads/b\[0\] is 0 by backward"),
     "missing": ({"b": lambda b: None}, (3, 3), r"grads/b\[0\] is 0 by backward"),
     "dx": ({"dx": lambda dx: dx * 1.001}, (3, 3), r"dx\[0, 0\] is"),
-    "unknown": ({"c": lambda _: np.ones(3)}, (3, 3), "grads have 'c', which is no trained"),
+    "unknown": ({"c": lambda _: np.ones(3)}, (3, 3), "grads have 'c', but params have no trained"),
     "one of many": ({"W": plus(1e-3, 123, 45)}, (400, 300), r"grads/W\[123, 45\] is"),
     "one of dx": ({"dx": plus(0.5, 2, 29)}, (50, 3), r"dx\[2, 29\] is"),
     "nan": ({"b": plus(math.nan, 1)}, (3, 3), r"grads/b\[1\] is nan"),
@@ -3332,7 +3332,7 @@ DX, DW, DB = r"dx\[\d, \d\] is", r"grads/w\[\d\] is", r"grads/b\[\d\] is"
 WRITES = "backward writes into"
 FLOATS = "must be a float64 array, got"
 FORWARD, BACKWARD = r"forward must return \(y, cache\), ", r"backward must return \(dx, grads\), "
-Y, B = "forward gives another y", "backward gives another"
+Y, B = "forward returns different y", "backward returns different"
 HIDDEN_STATE = {
     **dict.fromkeys(["calls", "running mean", "first call", "second call", "every third call"], Y),
     **dict.fromkeys(["every ninth call", "noise", "drops units", "mean of the first batch"], Y),
@@ -3385,12 +3385,24 @@ WRONG_RESULTS = {  # of backward
     "tree for dx": (lambda dx, g: ({"x": dx}, g), f"dx {FLOATS} None"),
     "empty grads": (lambda dx, g: (dx, {}), DW + " 0 by backward"),
     "one missing": (lambda dx, g: (dx, {"w": g["w"]}), DB + " 0 by backward"),
-    "renamed": (lambda dx, g: (dx, {"W": g["w"], "b": g["b"]}), "grads have 'W', which is no tra"),
-    "nested": (lambda dx, g: (dx, {"bug": g}), "grads have 'bug/w', which is no trained entry"),
-    "one more": (lambda dx, g: (dx, {**g, "c": dx}), "grads have 'c', which is no trained entry"),
-    "grads of x": (lambda dx, g: (dx, {**g, "x": dx}), "grads have 'x', which is no trained entr"),
+    "renamed": (
+        lambda dx, g: (dx, {"W": g["w"], "b": g["b"]}),
+        "grads have 'W', but params have no tra",
+    ),
+    "nested": (
+        lambda dx, g: (dx, {"bug": g}),
+        "grads have 'bug/w', but params have no trained entry",
+    ),
+    "one more": (
+        lambda dx, g: (dx, {**g, "c": dx}),
+        "grads have 'c', but params have no trained entry",
+    ),
+    "grads of x": (
+        lambda dx, g: (dx, {**g, "x": dx}),
+        "grads have 'x', but params have no trained entr",
+    ),
     "grads swapped": (lambda dx, g: (dx, {"w": g["b"], "b": g["w"]}), f"{DW}|{DB}"),
-    "a tree for w": (lambda dx, g: (dx, {**g, "w": {"w": g["w"]}}), "grads have 'w/w', which is"),
+    "a tree for w": (lambda dx, g: (dx, {**g, "w": {"w": g["w"]}}), "grads have 'w/w', but params"),
 }
 WRONG_OUTPUTS = {  # of forward
     "y alone": (lambda y, c: y, f"{FORWARD}got ndarray"),
@@ -3496,7 +3508,7 @@ WRONG_FORMULAS = {
     "softmax of no sum": (lambda: other_backward(nn.softmax(), lambda p, y, dy: (dy * y, {})), DX),
     "slope below 0": (lambda: other_backward(
         nn.leaky_relu(0.1), lambda p, y, dy: (dy * np.where(y > 0, 1, 0.01), {})), DX),
-    "other need_dx": (lambda: right(backward=wrong_with_need_dx), "backward gives another grads"),
+    "other need_dx": (lambda: right(backward=wrong_with_need_dx), f"{B} grads"),
     "cache without its copy": (lambda: right(
         lambda p, x: (lambda y, c: (y, types.SimpleNamespace(**c)))(*tanh_forward(p, x)),
         lambda p, c, dy: tanh_backward(p, {"t": emptied(c)}, dy)), f"{B} dx"),
@@ -3791,7 +3803,7 @@ def test_what_is_said_of_trees_and_statistics():
         return dx, {**grads, "mean": np.zeros(3)}
 
     with pytest.raises(
-        AssertionError, match="grads have 'mean', which is no trained entry of para"
+        AssertionError, match="grads have 'mean', but params have no trained entry of"
     ):
         nn.check_gradients(right._replace(backward=more), right.init(0, (3,))[0], x["a"])
 
@@ -3828,6 +3840,21 @@ def test_at_a_kink_each_output_may_have_a_slope_of_its_own():
         nn.check_gradients(slopes(a, b), {}, np.zeros((2, 1)))
     with pytest.raises(AssertionError, match=r"dx\[\d, 0\] is"):
         nn.check_gradients(slopes(3.0, 3.0), {}, np.zeros((2, 1)))
+
+
+@pytest.mark.parametrize("key", range(3))
+def test_many_kinks_do_not_hide_a_wrong_sample(key):
+    images = np.zeros((16, 1, 8, 8))  # most windows of a drawing are ties
+    images[:, :, 3:5, 2:6] = np.random.default_rng(key).random((16, 1, 2, 4))
+    pool = nn.max_pool2d(2)
+
+    def backward(params, cache, dy):
+        dx, _ = pool.backward(params, cache, dy)
+        return np.where(np.arange(16)[:, None, None, None] == 15, 0, dx), {}
+
+    nn.check_gradients(pool, {}, images, key=key)
+    with pytest.raises(AssertionError, match=r"^check_gradients: bad: dx\[15, 0, \d, \d\] is 0 by"):
+        nn.check_gradients(nn.sequential(bad=pool._replace(backward=backward)), {}, images, key=key)
 
 
 def test_where_many_kinks_meet_right_networks_pass_and_wrong_wiring_does_not():

@@ -180,7 +180,8 @@ def fit_images(model: Model, images: np.ndarray) -> np.ndarray:
 
 
 def classify(model: Model, samples: np.ndarray) -> list[tuple[str, float]]:
-    """(class, its probability) of images (N, C, H, W) or rows (N, features)."""
+    """(class, its probability) of images or rows as --data takes them, (N, C, H, W) for example."""
+    samples = as_samples("samples", samples)
     x = fit_rows(model, samples) if samples.ndim == 2 else fit_images(model, samples)
     logits = predict(model.net, model.params, x)
     if not np.isfinite(logits).all():
