@@ -63,6 +63,9 @@ def test_the_probability_is_that_of_the_network(run, blob_file):
     found = classification.classify(model, images)
     assert [int(label) for label, _ in found] == expected.argmax(axis=1).tolist()
     np.testing.assert_allclose([p for _, p in found], expected.max(axis=1), rtol=1e-5)
+    pixels = np.round(images * 255).astype(np.uint8)  # as an image file has them
+    scaled = classification.classify(model, pixels / np.float32(255))
+    assert classification.classify(model, pixels.transpose(0, 2, 3, 1)) == scaled
 
 
 def test_files_and_folders_of_images_are_classified(run, tmp_path, capsys):
