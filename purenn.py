@@ -3800,7 +3800,7 @@ def _with_many_steps(
     uncertain = (changes[:-1] + error[1:]) / seen
     uncertain = np.where(np.isfinite(uncertain), uncertain, np.inf)
     best = int(np.argmin(uncertain))
-    rounding += 1e-16 * largest_y / scale
+    rounding += 1e-16 * largest_y / scale + 1e-12 * float(np.abs(probe.r).max(initial=0))
     if 0.5 < uncertain[best] < math.inf:  # all that can be said is how large it is
         return 0.0, abs(gradient) <= 10 * np.fmax.reduce(sizes) + np.fmin.reduce(error) + rounding
     tolerance = rtol * seen + error[1:] + rounding + np.fmax(changes[:-1], changes[1:])
