@@ -3733,6 +3733,8 @@ class _Probe(NamedTuple):
         weighted = self.y / step * self.r
         noise = np.linalg.norm(weighted) + 100 * np.linalg.norm(weighted[right != 0])
         noise += abs(self.array.flat[position]) / step * max(-low, high) + 100 * np.abs(right).sum()
+        # As exact as x is what the layer computes inside, such as the 1 + tanh of gelu.
+        noise += self.scale() / step * np.abs(self.r).max(initial=0)
         return low, high, float(noise) * float(np.finfo(np.float64).eps)
 
     def scale(self) -> float:
@@ -3800,7 +3802,7 @@ def _with_many_steps(
     uncertain = (changes[:-1] + error[1:]) / seen
     uncertain = np.where(np.isfinite(uncertain), uncertain, np.inf)
     best = int(np.argmin(uncertain))
-    rounding += 1e-16 * largest_y / scale + 1e-12 * float(np.abs(probe.r).max(initial=0))
+    rounding += 1e-16 * largest_y / scale
     if 0.5 < uncertain[best] < math.inf:  # all that can be said is how large it is
         return 0.0, abs(gradient) <= 10 * np.fmax.reduce(sizes) + np.fmin.reduce(error) + rounding
     tolerance = rtol * seen + error[1:] + rounding + np.fmax(changes[:-1], changes[1:])
